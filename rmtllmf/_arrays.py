@@ -1,0 +1,173 @@
+"""NumPy in -> NumPy out, dtype and device rules, and checks that name the offending argument and its shape.
+
+Inside, everything is torch in double precision, whatever came in: powers are around 1e-17 W, and a receiver's errors
+are differences of nearly equal numbers. `Inputs` remembers what came in, so that results go back the same way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .errors import InputError, NonFiniteError, NotPSDError, ShapeError
+
+Array: TypeAlias = Tensor | NDArray[Any]
+ArrayLike: TypeAlias = Tensor | NDArray[Any] | float | list[Any] | tuple[Any, ...]
+
+_NUMPY_SINGLE = (np.complex64, np.float32, np.float16)
+_SINGLE = (torch.complex64, torch.complex32, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a call was given: whether NumPy or torch, which device, single or double precision."""
+
+    numpy: bool
+    device: torch.device
+    single: bool
+
+    @classmethod
+    def of(cls, main: object, argument: str, *others: object) -> Inputs:
+        """The precision is `main`'s; the result is torch if any of the arguments is a tensor."""
+        tensors = [value for value in (main, *others) if isinstance(value, Tensor)]
+        if isinstance(main, str | bytes) or main is None:
+            raise TypeError(f"{argument}: expected a tensor or an array, got {type(main).__name__}")
+        if isinstance(main, Tensor):
+            single = main.dtype in _SINGLE
+        else:
+            single = np.asarray(main).dtype in _NUMPY_SINGLE
+        return cls(not tensors, tensors[0].device if tensors else torch.device("cpu"), single)
+
+    def complex(self, value: object, argument: str, *, real_too: bool = False) -> Tensor:
+        """`value` as a complex128 tensor; real numbers only if `real_too` (a covariance may be real)."""
+        tensor = self._tensor(value, argument)
+        if not tensor.is_complex():
+            if not real_too or tensor.dtype == torch.bool:
+                raise TypeError(
+                    f"{argument}: expected complex numbers, got {tensor.dtype}; a channel has a phase, so cast it "
+                    "yourself (for example .to(torch.complex128)) if yours really is real"
+                )
+        return self._finite(tensor.to(torch.complex128), argument)
+
+    def real(self, value: object, argument: str) -> Tensor:
+        """`value` as a float64 tensor."""
+        tensor = self._tensor(value, argument)
+        if tensor.is_complex() or tensor.dtype == torch.bool:
+            raise TypeError(f"{argument}: expected real numbers, got {tensor.dtype}")
+        return self._finite(tensor.to(torch.float64), argument)
+
+    def nonnegative(self, value: object, argument: str) -> Tensor:
+        """`value` as a float64 tensor without negative entries: a power."""
+        tensor = self.real(value, argument)
+        if bool((tensor.detach() < 0).any()):
+            raise InputError(f"{argument}: expected numbers >= 0, got {float(tensor.detach().min())}")
+        return tensor
+
+    def back(self, tensor: Tensor) -> Any:
+        """A result in the caller's kind and precision."""
+        if self.single and tensor.dtype in (torch.complex128, torch.float64):
+            tensor = tensor.to(torch.complex64 if tensor.is_complex() else torch.float32)
+        return tensor.numpy() if self.numpy else tensor
+
+    def _tensor(self, value: object, argument: str) -> Tensor:
+        if isinstance(value, Tensor):
+            if value.device != self.device and value.ndim > 0:
+                raise InputError(f"{argument}: is on {value.device}, but another argument is on {self.device}")
+            return value.to(self.device)
+        if value is None or isinstance(value, str | bytes):
+            raise TypeError(f"{argument}: expected numbers, got {type(value).__name__}")
+        array = np.asarray(value)
+        if array.dtype == object or array.dtype.kind not in "biufc":
+            raise TypeError(f"{argument}: expected numbers, got an array of dtype {array.dtype}")
+        if array.dtype in (np.longdouble, np.clongdouble):
+            raise TypeError(f"{argument}: extended precision is not supported, got {array.dtype}")
+        if array.dtype.kind == "u":
+            array = array.astype(np.float64)
+        return torch.from_numpy(np.array(array, copy=True)).to(self.device)
+
+    @staticmethod
+    def _finite(tensor: Tensor, argument: str) -> Tensor:
+        bad = int((~torch.isfinite(tensor.detach())).sum())
+        if bad:
+            raise NonFiniteError(f"{argument}: holds {bad} non-finite entries of {tensor.numel()}; expected finite numbers")
+        return tensor
+
+
+def check_channel(H: Tensor) -> None:
+    """`H` must be a matrix or a batch of matrices, with at least one antenna and one user."""
+    if H.ndim < 2 or H.shape[-1] == 0 or H.shape[-2] == 0:
+        raise ShapeError(f"H: expected shape (..., N_R, Q) with N_R, Q >= 1, got {tuple(H.shape)}")
+
+
+def powers(P: Tensor, H: Tensor) -> Tensor:
+    """`P` as (..., Q), from a number, a vector a batch item, or diagonal matrices when ``P.ndim == H.ndim``."""
+    users = H.shape[-1]
+    shape = tuple(P.shape)
+    if P.ndim == H.ndim:
+        if shape[-2:] != (users, users):
+            raise ShapeError(
+                f"P: with as many dimensions as H it is a matrix and must end in ({users}, {users}), got {shape}; "
+                "to sweep powers add an axis to H, as in H[None]"
+            )
+        diagonal = torch.diagonal(P, dim1=-2, dim2=-1)
+        if bool((P.detach() - torch.diag_embed(diagonal.detach()) != 0).any()):
+            raise InputError("P: a power matrix must be exactly diagonal, but has entries off the diagonal")
+        P = diagonal
+    elif P.ndim > H.ndim:
+        raise ShapeError(f"P: {shape} has more dimensions than H {tuple(H.shape)}; to sweep powers add an axis to H")
+    elif P.ndim > 0 and shape[-1] not in (1, users):
+        raise ShapeError(f"P: expected a number or shape (..., {users}), one power per column of H, got {shape}")
+    try:
+        return P.expand(torch.broadcast_shapes(P.shape, (*H.shape[:-2], users)))
+    except RuntimeError:
+        raise ShapeError(f"P: shape {shape} does not broadcast with H of shape {tuple(H.shape)}") from None
+
+
+def batch_shape(*named: tuple[str, torch.Size]) -> torch.Size:
+    """The common batch shape, or an error that names who does not fit."""
+    try:
+        return torch.broadcast_shapes(*(shape for _, shape in named))
+    except RuntimeError:
+        shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in named)
+        raise ShapeError(f"batch dimensions do not broadcast: {shapes}") from None
+
+
+def check_hermitian(C: Tensor, size: int, argument: str, eps: float) -> None:
+    """`C` must be (..., size, size) and Hermitian to `eps`; its sign is checked where its eigenvalues are known."""
+    if C.ndim < 2 or C.shape[-2:] != (size, size):
+        raise ShapeError(f"{argument}: expected shape (..., {size}, {size}), got {tuple(C.shape)}")
+    values = C.detach()
+    largest = values.abs().amax(dim=(-2, -1))
+    off = (values - values.mH).abs().amax(dim=(-2, -1))
+    if bool((off > _slack(eps) * largest).any()):
+        worst = float((off / largest.clamp_min(torch.finfo(torch.float64).tiny)).max())
+        raise NotPSDError(f"{argument}: expected Hermitian matrices; C - C^H is up to {worst:.1e} of the largest entry")
+
+
+def check_psd(eigenvalues: Tensor, argument: str, eps: float) -> None:
+    """Raise unless no eigenvalue is more negative than rounding at `eps` explains."""
+    values = eigenvalues.detach()
+    low, high = values.amin(-1), values.abs().amax(-1)
+    if bool((low < -_slack(eps) * high).any()):
+        raise NotPSDError(
+            f"{argument}: expected positive semidefinite matrices; the smallest eigenvalue is {float(low.min()):.3e}"
+        )
+
+
+def _slack(eps: float) -> float:
+    return 1e4 * eps
+
+
+def resolution(*values: object) -> float:
+    """Machine epsilon of the coarsest of the arrays: what their last digits are worth."""
+    single = any(
+        value.dtype in _SINGLE if isinstance(value, Tensor) else getattr(value, "dtype", None) in _NUMPY_SINGLE
+        for value in values
+        if getattr(value, "ndim", 0)
+    )
+    return torch.finfo(torch.float32 if single else torch.float64).eps

@@ -1,0 +1,220 @@
+"""Mappings of name -> tensor: strict key, shape and dtype checks, and arithmetic that respects tied tensors."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError, NonFiniteError, ShapeError, StateMismatchError
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+StateLike: TypeAlias = Tensors | nn.Module | str | os.PathLike[str]
+
+RUNNING_STATISTICS = ("running_mean", "running_var")
+"""Last part of the names of normalisation statistics: carried from the base, never bent, never scaled."""
+
+
+def as_state(source: StateLike, argument: str) -> dict[str, Tensor]:
+    """A plain dict from a module, a state dict or the path of a safetensors file; no tensor is copied."""
+    if isinstance(source, nn.Module):
+        return dict(source.state_dict())
+    if isinstance(source, str | os.PathLike):
+        if not os.fspath(source).endswith(".safetensors"):
+            raise InputError(f"{argument}: expected the path of a .safetensors file, got {os.fspath(source)!r}")
+        from safetensors.torch import load_file
+
+        return dict(load_file(source))
+    if not isinstance(source, Mapping):
+        raise TypeError(
+            f"{argument}: expected a torch.nn.Module, a mapping of name -> tensor or the path of a safetensors "
+            f"file, got {type(source).__name__}"
+        )
+    for key, value in source.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{argument}[{key!r}]: expected a tensor, got {type(value).__name__}")
+    return dict(source)
+
+
+def is_bendable(key: str, tensor: Tensor) -> bool:
+    """Whether an entry is a parameter that fusion may change: floating, and no running statistic."""
+    if tensor.is_complex():
+        raise TypeError(f"{key!r}: complex entries are not supported; split it into real and imaginary part")
+    return tensor.is_floating_point() and key.rpartition(".")[2] not in RUNNING_STATISTICS
+
+
+def quoted(keys: Iterable[str], limit: int = 5) -> str:
+    """Keys for an error message: the first few, and how many more."""
+    ordered = sorted(keys)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(map(repr, ordered[:limit])) + more
+
+
+def check_keys(state: Iterable[str], expected: Iterable[str], argument: str, reference: str) -> None:
+    """Raise unless both have exactly the same keys."""
+    have, want = set(state), set(expected)
+    problems = []
+    if want - have:
+        problems.append(f"lacks {quoted(want - have)}")
+    if have - want:
+        problems.append(f"has the unexpected {quoted(have - want)}")
+    if problems:
+        raise StateMismatchError(f"{argument} {' and '.join(problems)}; its keys must be those of {reference}")
+
+
+def check_shapes(state: Tensors, expected: Tensors, argument: str, reference: str) -> None:
+    """Raise unless every tensor of `state` has the shape of its namesake in `expected`."""
+    for key, value in state.items():
+        if value.shape != expected[key].shape:
+            raise StateMismatchError(
+                f"{argument}[{key!r}] has shape {tuple(value.shape)}; {reference} has {tuple(expected[key].shape)}"
+            )
+
+
+def check_dtypes(state: Tensors, expected: Tensors, argument: str, reference: str) -> None:
+    """Raise unless every tensor of `state` has the dtype of its namesake in `expected`."""
+    for key, value in state.items():
+        if value.dtype != expected[key].dtype:
+            raise StateMismatchError(
+                f"{argument}[{key!r}] is {value.dtype}; {reference} has {expected[key].dtype}. "
+                "Convert one of them first: nothing is cast in silence"
+            )
+
+
+def check_finite(state: Tensors, argument: str) -> None:
+    """Raise `NonFiniteError` naming the first tensor that holds NaN or infinity."""
+    for key, value in state.items():
+        if value.is_floating_point() and not all_finite(value):
+            count = int((~torch.isfinite(value)).sum())
+            raise NonFiniteError(f"{argument}[{key!r}] holds {count} non-finite entries; expected finite numbers")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether every entry is finite: one pass and no mask, because the extrema of anything with a NaN are NaN."""
+    if tensor.numel() == 0:
+        return True
+    if tensor.element_size() == 1:  # the 8-bit floats have no minimum
+        tensor = tensor.to(torch.float32)
+    low, high = torch.aminmax(tensor.detach())
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def check_same_states(vectors: Sequence[Tensors], argument: str) -> list[str]:
+    """Raise unless there is at least one mapping and all agree in keys and shapes; returns the sorted keys."""
+    if isinstance(vectors, Mapping) or isinstance(vectors, str | Tensor):
+        raise TypeError(
+            f"{argument}: expected a sequence of mappings of name -> tensor, got a single {type(vectors).__name__}"
+        )
+    if len(vectors) == 0:
+        raise InputError(f"{argument}: expected at least one mapping of name -> tensor, got an empty sequence")
+    for index, vector in enumerate(vectors):
+        if not isinstance(vector, Mapping):
+            raise TypeError(
+                f"{argument}[{index}]: expected a mapping of name -> tensor, got {type(vector).__name__}"
+            )
+    first = vectors[0]
+    for index, vector in enumerate(vectors[1:], 1):
+        check_keys(vector, first, f"{argument}[{index}]", f"{argument}[0]")
+        check_shapes(vector, first, f"{argument}[{index}]", f"{argument}[0]")
+    return sorted(first)
+
+
+def identity(tensor: Tensor) -> Hashable:
+    """Equal for two tensors that are the same view of the same memory: tied parameters."""
+    if tensor.numel() == 0 or tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
+        return id(tensor)
+    return (tensor.data_ptr(), tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride())
+
+
+def map_tied(function: Callable[..., Tensor], keys: Iterable[str], *states: Tensors) -> dict[str, Tensor]:
+    """``{key: function(states[0][key], states[1][key], ...)}``, where entries tied in *all* states stay tied."""
+    known: dict[Hashable, Tensor] = {}
+    result = {}
+    for key in keys:
+        tensors = tuple(state[key] for state in states)
+        memory = tuple(identity(tensor) for tensor in tensors)
+        if memory not in known:
+            known[memory] = function(*tensors)
+        result[key] = known[memory]
+    return result
+
+
+def select_names(names: Iterable[str], patterns: str | Iterable[str], argument: str) -> list[str]:
+    """The `names` that match at least one of `patterns`: a name, or a glob such as ``"*.attn.*"``.
+
+    A pattern that matches nothing is an error, because it is most likely a misspelt one.
+    """
+    known = list(names)
+    exact = set(known)
+    chosen: set[str] = set()
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{argument}: expected names or glob patterns, got {type(pattern).__name__}")
+        matches = {pattern} if pattern in exact else {name for name in known if fnmatchcase(name, pattern)}
+        if not matches:
+            raise InputError(f"{argument}: {pattern!r} matches none of the {len(known)} names: {quoted(known, 8)}")
+        chosen |= matches
+    return [name for name in known if name in chosen]
+
+
+def heuristic_scale(num_tasks: int) -> float:
+    r"""The scale :math:`\lambda_N` of task arithmetic when none is tuned: 1 for one task, 0.3 from two on.
+
+    Task arithmetic reports .3 to .5 as the values that hold across numbers of tasks without tuning, and R-MTLLMF
+    (eq. 6) uses a scale that depends on the number of tasks only.
+
+    Args:
+        num_tasks: the number of task vectors that are added up, at least 1.
+
+    Raises:
+        InputError: `num_tasks` is less than 1.
+        TypeError: `num_tasks` is not an int.
+
+    Source: Ilharco et al., "Editing models with task arithmetic", 2023, section 4.2; R-MTLLMF eq. 6.
+
+    Example:
+        >>> from rmtllmf.taskvec import heuristic_scale
+        >>> heuristic_scale(1), heuristic_scale(8)
+        (1.0, 0.3)
+    """
+    if isinstance(num_tasks, bool) or not isinstance(num_tasks, int):
+        raise TypeError(f"num_tasks: expected an int, got {type(num_tasks).__name__}")
+    if num_tasks < 1:
+        raise InputError(f"num_tasks: expected a whole number of at least 1, got {num_tasks}")
+    return 1.0 if num_tasks == 1 else 0.3
+
+
+def finite_number(value: object, argument: str, *, positive: bool = False) -> float:
+    """`value` as a float; an error unless it is one finite (and, on request, positive) number."""
+    if isinstance(value, bool | str) or not (isinstance(value, int | float) or hasattr(value, "__float__")):
+        raise TypeError(f"{argument}: expected a number, got {type(value).__name__}")
+    if getattr(value, "ndim", 0):
+        raise ShapeError(f"{argument}: expected one number, got an array of shape {tuple(value.shape)}")  # type: ignore[attr-defined]
+    number = float(value)  # type: ignore[arg-type]
+    if not math.isfinite(number) or (positive and number <= 0):
+        raise InputError(f"{argument}: expected a {'positive ' if positive else ''}finite number, got {number}")
+    return number
+
+
+_ROW = 4096  # entries summed at once
+_ROWS = 64  # rows converted to float64 at once
+
+
+def inner_product(left: Tensor, right: Tensor) -> float:
+    """Sum of products in float64 over fixed rows, each summed by one thread: the same bits for any number of threads."""
+    same = left is right
+    left, right = left.detach().reshape(-1), right.detach().reshape(-1)
+    whole = left.numel() // _ROW
+    parts: list[float] = []
+    for start in range(0, whole * _ROW, _ROW * _ROWS):
+        cut = slice(start, min(start + _ROW * _ROWS, whole * _ROW))
+        block = left[cut].view(-1, _ROW).to(torch.float64)
+        parts += (block * (block if same else right[cut].view(-1, _ROW).to(torch.float64))).sum(-1).tolist()
+    rest = left[whole * _ROW :].to(torch.float64)
+    parts.append(float((rest * right[whole * _ROW :].to(torch.float64)).sum()))
+    return math.fsum(parts) if all(map(math.isfinite, parts)) else math.nan

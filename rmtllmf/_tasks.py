@@ -1,0 +1,117 @@
+"""The tasks of a multi-task model, ``Mapping[name, (head, batches)]``, and what all that iterate over them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+
+Head: TypeAlias = Callable[[Any], Any]
+Batches: TypeAlias = Iterable[Any]
+Tasks: TypeAlias = Mapping[str, tuple[Head, Batches]] | Mapping[str, Batches] | Batches
+
+
+class Task(NamedTuple):
+    """One task: `head` turns the encoder's output into logits (None: the model is complete), `batches` its data."""
+
+    head: Head | None
+    batches: Batches
+
+
+def as_tasks(tasks: Tasks, argument: str) -> dict[str, Task]:
+    """A dict of `Task` from a mapping name -> (head, batches) or name -> batches, or from bare batches (one task)."""
+    if not isinstance(tasks, Mapping):
+        _check_batches(tasks, argument)
+        return {"": Task(None, tasks)}
+    if not tasks:
+        raise InputError(f"{argument}: expected at least one task, got an empty mapping")
+    result = {}
+    for name, value in tasks.items():
+        if isinstance(value, tuple) and len(value) == 2 and callable(value[0]):
+            task = Task(*value)
+        else:
+            task = Task(None, value)
+        _check_batches(task.batches, f"{argument}[{name!r}]")
+        result[name] = task
+    return result
+
+
+def _check_batches(batches: object, argument: str) -> None:
+    if isinstance(batches, Tensor | str) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{argument}: expected batches, an iterable of (inputs, targets) such as a DataLoader or a list, or "
+            f"(head, batches); got {type(batches).__name__}"
+        )
+
+
+def pairs(batches: Batches, argument: str, device: torch.device | None = None) -> Iterator[tuple[Any, Any]]:
+    """The (inputs, targets) of every batch, moved to `device`; an error if there is none or one is no pair."""
+    empty = True
+    for batch in batches:
+        empty = False
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TypeError(f"{argument}: expected batches (inputs, targets), got {describe(batch)}")
+        yield moved(batch[0], device), moved(batch[1], device)
+    if empty:
+        raise InputError(f"{argument}: expected at least one batch, got none (is it an iterator that is used up?)")
+
+
+def describe(value: object) -> str:
+    """What a wrong batch was, in a few words."""
+    if isinstance(value, Tensor):
+        return f"a bare tensor of shape {tuple(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return type(value).__name__
+
+
+def moved(value: Any, device: torch.device | None) -> Any:
+    """`value` with the tensors in it (also inside tuples, lists and mappings) on `device`."""
+    if device is None:
+        return value
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(moved(item, device) for item in value)
+    return value
+
+
+def forward(model: Callable[..., Any], inputs: Any) -> Any:
+    """``model(inputs)``, with tuples as positional and mappings as keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
+
+
+def device_of(model: Callable[..., Any]) -> torch.device | None:
+    """Where the first parameter or buffer lives; None if there is none."""
+    if not isinstance(model, nn.Module):
+        return None
+    for tensor in model.parameters():
+        return tensor.device
+    for tensor in model.buffers():
+        return tensor.device
+    return None
+
+
+@contextmanager
+def mode(training: bool, *modules: object) -> Iterator[None]:
+    """Training or evaluation mode for all `modules`, each sub-module put back afterwards as it was found."""
+    found = [(part, part.training) for module in modules if isinstance(module, nn.Module) for part in module.modules()]
+    try:
+        for module in modules:
+            if isinstance(module, nn.Module):
+                module.train(training)
+        yield
+    finally:
+        for part, was in found:
+            part.training = was

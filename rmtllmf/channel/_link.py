@@ -1,0 +1,118 @@
+"""From a reception, or bare MSEs, to what `transmit` needs: gains and a factor of the noise covariance, per block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .._arrays import ArrayLike, Inputs, check_hermitian, check_psd, resolution
+from ..errors import InputError, ShapeError
+from .receivers import Reception
+
+ESTIMATORS = ("additive", "mmse", "unbiased")
+
+Weight: TypeAlias = tuple[Tensor, Tensor | None] | None  # real and imaginary part; None where it is exactly zero
+
+
+@dataclass(frozen=True)
+class Link:
+    """Per block and user: the gain on what was sent (None: exactly 1), and the weights of the noise streams."""
+
+    blocks: int
+    gain: list[list[Tensor | None]]
+    factor: list[list[list[Weight]]]
+    differentiable: bool
+
+
+def link_of(reception: Reception | ArrayLike, users: int, estimator: str) -> Link:
+    """Checked gains and noise of `users` users under `estimator`."""
+    if isinstance(reception, Reception):
+        gain, noise = _from_reception(reception, users, estimator)
+    else:
+        gain, noise = _from_mse(reception, users, estimator)
+    gains = [[None if gain is None else gain[b, q] for q in range(users)] for b in range(noise.shape[0])]
+    differentiable = torch.is_grad_enabled() and noise.requires_grad
+    return Link(noise.shape[0], gains, _weights(_factor(noise)), differentiable)
+
+
+def _from_mse(mse: ArrayLike, users: int, estimator: str) -> tuple[Tensor | None, Tensor]:
+    inputs = Inputs.of(mse, "mse")
+    mu = inputs.real(mse, "mse")
+    if mu.ndim == 0:
+        mu = mu.expand(users)
+    mu = _blocks(mu, users, "mse", 1)
+    low, high = float(mu.detach().min()), float(mu.detach().max())
+    if low < 0 or (estimator == "mmse" and high > 1) or (estimator == "unbiased" and high >= 1):
+        allowed = {"additive": "at least 0", "mmse": "between 0 and 1", "unbiased": "at least 0 and below 1"}
+        raise InputError(
+            f"mse: the {estimator!r} estimator needs MSEs {allowed[estimator]}, got {low:.6g} to {high:.6g}; for a "
+            "mismatched receiver, whose MSE may exceed 1, pass its Reception"
+        )
+    if estimator == "additive":
+        return None, torch.diag_embed(mu)
+    if estimator == "mmse":
+        return 1 - mu, torch.diag_embed(mu * (1 - mu))
+    return None, torch.diag_embed(mu / (1 - mu))
+
+
+def _from_reception(reception: Reception, users: int, estimator: str) -> tuple[Tensor | None, Tensor]:
+    name = "error_covariance" if estimator == "additive" else "noise_covariance"
+    covariance = getattr(reception, name)
+    inputs = Inputs.of(covariance, f"reception.{name}")
+    eps = resolution(covariance)
+    noise = inputs.complex(covariance, f"reception.{name}", real_too=True)
+    check_hermitian(noise, noise.shape[-1] if noise.ndim else 0, f"reception.{name}", eps)
+    noise = _blocks(noise, users, f"reception.{name}", 2)
+    check_psd(torch.linalg.eigvalsh(noise.detach()), f"reception.{name}", eps)
+    if estimator == "additive":
+        return None, noise
+    gain = _blocks(inputs.real(reception.gain, "reception.gain"), users, "reception.gain", 1)
+    if estimator == "mmse":
+        return gain, noise
+    if bool((gain.detach() == 0).any()):
+        raise InputError(
+            "reception: the 'unbiased' estimator divides by the gain, which is 0 for a silent user; leave that user out"
+        )
+    return None, noise / (gain[..., :, None] * gain[..., None, :])
+
+
+def _blocks(value: Tensor, users: int, argument: str, trailing: int) -> Tensor:
+    """`value` as (blocks, Q) or (blocks, Q, Q)."""
+    if value.ndim not in (trailing, trailing + 1) or value.shape[-1] != users:
+        form = ", ".join([f"{users}"] * trailing)
+        raise ShapeError(
+            f"{argument}: expected shape ({form}) or (blocks, {form}) for {users} vectors, got {tuple(value.shape)}"
+        )
+    value = value if value.ndim == trailing + 1 else value[None]
+    if value.shape[0] == 0:
+        raise ShapeError(f"{argument}: expected at least one block, got shape {tuple(value.shape)}")
+    return value
+
+
+def _factor(noise: Tensor) -> Tensor:
+    """`L` with ``L L^H = noise``: diagonal for uncorrelated users, else Cholesky, or by eigenvalues if singular."""
+    diagonal = torch.diagonal(noise, dim1=-2, dim2=-1)
+    if bool((noise.detach() - torch.diag_embed(diagonal.detach()) == 0).all()):
+        variance = diagonal.real if noise.is_complex() else diagonal
+        root = torch.where(variance > 0, torch.where(variance > 0, variance, 1.0).sqrt(), 0.0)
+        return torch.diag_embed(root)
+    L, failed = torch.linalg.cholesky_ex(noise)
+    if bool((failed == 0).all()):
+        return L
+    values, vectors = torch.linalg.eigh(noise)
+    return vectors * values.clamp_min(0.0).sqrt()[..., None, :]
+
+
+def _weights(factor: Tensor) -> list[list[list[Weight]]]:
+    def weight(entry: Tensor) -> Weight:
+        if bool(entry.detach() == 0):
+            return None
+        if not entry.is_complex():
+            return entry, None
+        return entry.real, (None if bool(entry.detach().imag == 0) else entry.imag)
+
+    factor = factor.cpu()
+    return [[[weight(entry) for entry in row] for row in block] for block in factor]

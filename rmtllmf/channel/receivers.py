@@ -1,0 +1,192 @@
+"""What a receiver makes of the uplink: successive cancellation and the linear MMSE receiver, matched or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._arrays import Array, ArrayLike, Inputs, batch_shape, check_hermitian, resolution
+from ..errors import InputError, ShapeError
+from ._filters import Whitened, linear_filters, sic_filters, whiten
+from .rate import received
+
+__all__ = ["Reception", "lmmse", "sic"]
+
+
+@dataclass(frozen=True)
+class Reception:
+    r"""How well every user is received, in the columns' own order.
+
+    The receiver's estimate of user q is :math:`\hat s_q = w_q^H (y - \text{cancelled users})
+    = \sum_j G_{qj} s_j + w_q^H z`, with the noise's true covariance :math:`C`.
+
+    Attributes:
+        mse: (..., Q) :math:`E|\hat s_q - s_q|^2`, relative to unit symbol variance. Above 1 is possible when mismatched.
+        sinr: (..., Q) signal to interference plus noise, linear.
+        rate: (..., Q) nats per channel use, ``log1p(sinr)``.
+        gain: (..., Q) the gain :math:`g_q = G_{qq}` of the wanted symbol in its estimate, real.
+        order: (..., Q) the users, first decoded first; None for a linear receiver.
+        error_covariance: (..., Q, Q) complex, :math:`E = (G - I)(G - I)^H + W^H C W`: covariance of
+            :math:`\hat s - s`.
+        noise_covariance: (..., Q, Q) complex, :math:`N = (G - \mathrm{diag}\,g)(G - \mathrm{diag}\,g)^H + W^H C W`:
+            covariance of :math:`\hat s - \mathrm{diag}(g)\, s`.
+
+    Example:
+        >>> import numpy as np
+        >>> rx = lmmse(np.eye(2) + 0j, P=3.0, C=np.eye(2))
+        >>> rx.mse, rx.sinr
+        (array([0.25, 0.25]), array([3., 3.]))
+    """
+
+    mse: Any
+    sinr: Any
+    rate: Any
+    gain: Any
+    order: Any
+    error_covariance: Any
+    noise_covariance: Any
+
+
+def sic(
+    H: Array, P: ArrayLike, C: Array, *, designed_for: Array | None = None, order: str | Array = "weakest_first"
+) -> Reception:
+    r"""MMSE receiver with error-free successive interference cancellation.
+
+    User q is estimated by :math:`w_q = \bigl(\sum_{j \in S_q} b_j b_j^H + C_d\bigr)^{-1} b_q` with
+    :math:`B = H P^{1/2}`, where :math:`S_q` are the users not decoded yet (q included), and then cancelled exactly.
+    A matched receiver (:math:`C_d = C`) has :math:`\mu_q = 1/(1 + \mathrm{SINR}_q) = e^{-R_q}`, rates that add up to
+    `sum_rate` in any order, and uncorrelated errors. A mismatched one has neither.
+
+    Args:
+        H: (..., N_R, Q) complex channel, path loss included.
+        P: transmit powers in W: a number, (..., Q), or (..., Q, Q) exactly diagonal.
+        C: (..., N_R, N_R) covariance of the whole noise in W (jammer plus thermal), positive semidefinite. Directions
+            without any noise are treated exactly: a user who is heard there alone has ``mse = 0`` and infinite rate.
+        designed_for: (..., N_R, N_R) the covariance :math:`C_d` that the receiver believes in; None: it knows `C`.
+            A receiver unaware of the jammer is designed for the thermal noise alone.
+        order: "weakest_first" (the paper: ascending :math:`p_q \lVert h_q\rVert^2`), "strongest_first", or the users
+            themselves, (..., Q) integers, first decoded first.
+
+    Returns:
+        A `Reception`.
+
+    Raises:
+        TypeError: `H` is real. ShapeError: shapes do not fit. NotPSDError: `C` or `designed_for` is no covariance.
+        InputError: a negative power, non-finite entries, an unknown `order` or one that is no permutation.
+
+    Source: R-MTLLMF, eq. 3 and 5 for the matched case.
+
+    Example:
+        >>> from rmtllmf.channel import UplinkScenario, sic, worst_case_covariance
+        >>> up = UplinkScenario().draw(seed=0)
+        >>> C = worst_case_covariance(up.H, up.P, 124 * up.noise, noise=up.noise) + up.noise_covariance
+        >>> aware = sic(up.H, up.P, C)
+        >>> unaware = sic(up.H, up.P, C, designed_for=up.noise_covariance)
+        >>> bool(aware.mse.mean() < unaware.mse.mean())
+        True
+    """
+    inputs = Inputs.of(H, "H", P, C, designed_for)
+    B, noise, eps = received(inputs, H, P, C)
+    sequence = _decoding_order(inputs, order, B)
+    seen = _design(inputs, B, noise, designed_for, eps)
+    F, W = sic_filters(seen, sequence)
+    return _reception(inputs, F, W, None if designed_for is None else noise, sequence.expand(*F.shape[:-2], -1))
+
+
+def lmmse(H: Array, P: ArrayLike, C: Array, *, designed_for: Array | None = None) -> Reception:
+    r"""Linear MMSE receiver: every user is estimated with all others present.
+
+    .. math:: W = (B B^H + C_d)^{-1} B, \qquad B = H P^{1/2}; \qquad
+              \text{matched:}\quad E = (I + B^H C^{-1} B)^{-1}
+
+    Its errors are correlated across users even when matched: the error of a sum with weights `a` is
+    :math:`a^H E a`, not :math:`\sum_q |a_q|^2 \mu_q`.
+
+    Args:
+        H: (..., N_R, Q) complex channel, path loss included.
+        P: transmit powers in W: a number, (..., Q), or (..., Q, Q) exactly diagonal.
+        C: (..., N_R, N_R) covariance of the whole noise in W, positive semidefinite; a singular one is treated exactly.
+        designed_for: (..., N_R, N_R) the covariance that the receiver believes in; None: it knows `C`.
+
+    Returns:
+        A `Reception`, with ``order`` None.
+
+    Raises:
+        TypeError, ShapeError, NotPSDError, InputError: as `sic`.
+
+    Source: S. Verdu, "Multiuser Detection", 1998, chapter 6.
+
+    Example:
+        >>> import numpy as np
+        >>> H = np.array([[1.0, 1.0], [1.0, -1.0]]) + 0j
+        >>> lmmse(H, P=1.0, C=2 * np.eye(2)).error_covariance.real
+        array([[0.5, 0. ],
+               [0. , 0.5]])
+    """
+    inputs = Inputs.of(H, "H", P, C, designed_for)
+    B, noise, eps = received(inputs, H, P, C)
+    seen = _design(inputs, B, noise, designed_for, eps)
+    F, W = linear_filters(seen)
+    return _reception(inputs, F, W, None if designed_for is None else noise, None)
+
+
+def _design(
+    inputs: Inputs, B: Tensor, noise: Tensor, designed_for: Array | None, eps: float
+) -> Whitened:
+    if designed_for is None:
+        return whiten(B, noise, "C", eps)
+    design = inputs.complex(designed_for, "designed_for", real_too=True)
+    eps = max(eps, resolution(designed_for))
+    check_hermitian(design, B.shape[-2], "designed_for", eps)
+    batch_shape(("H", B.shape[:-2]), ("C", noise.shape[:-2]), ("designed_for", design.shape[:-2]))
+    return whiten(B, design, "designed_for", eps)
+
+
+def _decoding_order(inputs: Inputs, order: str | Array, B: Tensor) -> Tensor:
+    users = B.shape[-1]
+    if isinstance(order, str):
+        ascending = B.detach().abs().square().sum(-2).sort(dim=-1, stable=True).indices
+        if order == "weakest_first":
+            return ascending
+        if order == "strongest_first":
+            return ascending.flip(-1)
+        raise InputError(f"order: expected 'weakest_first', 'strongest_first' or the users in order, got {order!r}")
+    sequence = inputs.real(order, "order")
+    if sequence.ndim == 0 or sequence.shape[-1] != users:
+        raise ShapeError(f"order: expected shape (..., {users}), got {tuple(sequence.shape)}")
+    if not torch.equal(sequence.sort(-1).values, torch.arange(users).to(sequence).expand_as(sequence)):
+        raise InputError(f"order: expected each of 0..{users - 1} once, first decoded first")
+    batch_shape(("H and P", B.shape[:-2]), ("order", sequence.shape[:-1]))
+    return sequence.to(torch.int64)
+
+
+def _reception(inputs: Inputs, F: Tensor, W: Tensor, noise: Tensor | None, order: Tensor | None) -> Reception:
+    """From the filters' leftovers `F` (G = I - F^H) and `W`; `noise` is None when the receiver is matched."""
+    left = torch.diagonal(F, dim1=-2, dim2=-1).real
+    gain = 1 - left
+    if noise is None:
+        mse = left
+        E = F if order is None else torch.diag_embed(mse).to(F.dtype)
+        shrink = torch.diag_embed(mse).to(F.dtype)
+        N = E - F.mH @ shrink - shrink @ F + shrink.square()
+        sinr = torch.where(mse > 0, gain / torch.where(mse > 0, mse, 1.0), torch.inf)
+    else:
+        heard = W.mH @ noise @ W
+        E = F.mH @ F + heard
+        interference = F - torch.diag_embed(left).to(F.dtype)
+        N = interference.mH @ interference + heard
+        mse = torch.diagonal(E, dim1=-2, dim2=-1).real
+        power = torch.diagonal(N, dim1=-2, dim2=-1).real
+        silent = gain == 0
+        sinr = torch.where(power > 0, gain.square() / torch.where(power > 0, power, 1.0), torch.inf)
+        sinr = torch.where(silent, 0.0, sinr)
+    E, N = 0.5 * (E + E.mH), 0.5 * (N + N.mH)
+    batch = mse.shape[:-1]
+    if order is not None:
+        order = order.expand(*batch, order.shape[-1])
+        order = order.numpy() if inputs.numpy else order
+    back = inputs.back
+    return Reception(back(mse), back(sinr), back(torch.log1p(sinr)), back(gain), order, back(E), back(N))

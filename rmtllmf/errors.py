@@ -1,0 +1,82 @@
+"""The exceptions and warnings that the library raises; each message says what to do about it."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConvergenceError",
+    "InputError",
+    "NonFiniteError",
+    "NotPSDError",
+    "RmtllmfWarning",
+    "ShapeError",
+    "StateMismatchError",
+]
+
+
+class InputError(ValueError):
+    """An argument that cannot be used; the message names it, what it was and what was expected.
+
+    Every error about the *value* of an argument derives from this one, and so from ``ValueError``. An argument of
+    the wrong *kind* (a real ``H``, a string for a number) raises a plain ``TypeError``.
+
+    Example:
+        >>> from rmtllmf.taskvec import heuristic_scale
+        >>> heuristic_scale(0)
+        Traceback (most recent call last):
+        ...
+        rmtllmf.errors.InputError: num_tasks: expected a whole number of at least 1, got 0
+    """
+
+
+class ShapeError(InputError):
+    """Shapes that do not fit together.
+
+    Example:
+        >>> issubclass(ShapeError, ValueError)
+        True
+    """
+
+
+class StateMismatchError(InputError):
+    """Two mappings of name -> tensor that must agree in keys, shapes or dtypes do not.
+
+    Example:
+        >>> issubclass(StateMismatchError, ValueError)
+        True
+    """
+
+
+class NonFiniteError(InputError):
+    """NaN or infinity where only finite numbers make sense.
+
+    Example:
+        >>> issubclass(NonFiniteError, ValueError)
+        True
+    """
+
+
+class NotPSDError(InputError):
+    """A covariance matrix that is not Hermitian positive semidefinite.
+
+    Example:
+        >>> issubclass(NotPSDError, ValueError)
+        True
+    """
+
+
+class ConvergenceError(RuntimeError):
+    """An iteration ended without reaching its tolerance; nothing half-finished is returned.
+
+    Example:
+        >>> issubclass(ConvergenceError, RuntimeError)
+        True
+    """
+
+
+class RmtllmfWarning(UserWarning):
+    """Base of the library's warnings: the result is right, but probably not what was meant.
+
+    Example:
+        >>> issubclass(RmtllmfWarning, UserWarning)
+        True
+    """

@@ -1,0 +1,10 @@
+"""Task vectors, and the rules that fuse them.
+
+`TaskVector.between` makes one from a base and a fine-tuned model; a rule such as `task_arithmetic` fuses several into
+one update; ``update.apply_to(base)`` makes the multi-task model.
+"""
+
+from .arithmetic import heuristic_scale, task_arithmetic
+from .vector import TaskVector
+
+__all__ = ["TaskVector", "heuristic_scale", "task_arithmetic"]

@@ -1,0 +1,87 @@
+"""Task vectors on disk: safetensors with metadata, written atomically, ties remembered."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from .._state import Tensors, identity
+from ..errors import InputError
+
+_KIND = "task_vector"
+
+
+def save_tensors(tensors: Tensors, path: str | os.PathLike[str]) -> None:
+    """Write to a temporary file beside `path`, then rename."""
+    from safetensors.torch import save_file
+
+    target = _checked(path)
+    stored: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[Hashable, str] = {}
+    storages: set[int] = set()
+    for key, tensor in tensors.items():
+        original = seen.setdefault(identity(tensor), key)
+        if original != key:
+            tied[key] = original
+            continue
+        value = tensor.detach().contiguous()
+        storage = value.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != value.numel() * value.element_size():
+            value = value.clone()  # a view of a larger or shared memory; the format stores whole ones
+        storages.add(value.untyped_storage().data_ptr())
+        stored[key] = value
+    metadata = {"rmtllmf": _KIND, "version": "1", "tied": json.dumps(tied)}
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(target) or ".", prefix=".", suffix=".part")
+    os.close(handle)
+    try:
+        save_file(stored, temporary, metadata)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def load_tensors(path: str | os.PathLike[str], device: torch.device | str) -> dict[str, Tensor]:
+    """What `save_tensors` wrote, ties included; an error for any other safetensors file."""
+    from safetensors import safe_open
+
+    source = _checked(path)
+    if not os.path.exists(source):
+        raise FileNotFoundError(f"path: there is no file {source!r}")
+    with safe_open(source, framework="pt", device=str(device)) as file:
+        metadata = file.metadata() or {}
+        if metadata.get("rmtllmf") != _KIND:
+            raise InputError(
+                f"path: {source!r} holds no task vector written by TaskVector.save; for a whole model use "
+                "TaskVector.between(base, path)"
+            )
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    tied = json.loads(metadata.get("tied", "{}"))
+    for key, original in tied.items():
+        if original not in tensors or key in tensors:
+            raise InputError(f"path: {source!r} is damaged: {key!r} is tied to {original!r}")
+    return tensors | {key: tensors[original] for key, original in tied.items()}
+
+
+def _checked(path: str | os.PathLike[str]) -> str:
+    name = os.fspath(path)
+    if not isinstance(name, str) or not name.endswith(".safetensors"):
+        raise InputError(f"path: expected a path that ends in .safetensors, got {name!r}")
+    return name
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
