@@ -58,7 +58,10 @@ def pairs(batches: Batches, argument: str, device: torch.device | None = None) -
             raise TypeError(f"{argument}: expected batches (inputs, targets), got {describe(batch)}")
         yield moved(batch[0], device), moved(batch[1], device)
     if empty:
-        raise InputError(f"{argument}: expected at least one batch, got none (is it an iterator that is used up?)")
+        raise InputError(
+            f"{argument}: expected at least one batch, got none; an iterator that is used up cannot start again: "
+            "pass a list or a DataLoader"
+        )
 
 
 def describe(value: object) -> str:
@@ -90,6 +93,14 @@ def forward(model: Callable[..., Any], inputs: Any) -> Any:
     if isinstance(inputs, tuple | list):
         return model(*inputs)
     return model(inputs)
+
+
+def logits_of(model: Callable[..., Any], head: Head | None, inputs: Any) -> Any:
+    """What the loss and the metrics see: ``head(model(inputs))``, or the model's output, or its ``logits`` attribute."""
+    output = forward(model, inputs)
+    if head is not None:
+        output = head(output)
+    return output if isinstance(output, Tensor) else getattr(output, "logits", output)
 
 
 def device_of(model: Callable[..., Any]) -> torch.device | None:

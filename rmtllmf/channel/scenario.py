@@ -40,7 +40,8 @@ class UplinkScenario:
         num_users: number of single-antenna users Q.
         num_antennas: receive antennas N_R.
         power: transmit power of every user in W.
-        min_distance, max_distance: of the users from the base station, in m.
+        min_distance: of the users from the base station, in m.
+        max_distance: likewise.
         placement: "disc" (uniform over the area of the ring), "distance" (uniform in distance), or the users'
             distances themselves in m, as a sequence of `num_users` numbers.
         path_loss: "free_space", the path loss exponent as a number (with free space up to 1 m), or a function from
@@ -110,7 +111,7 @@ class UplinkScenario:
 
     @property
     def noise(self) -> float:
-        """Thermal noise power per antenna in W: ``k T0 B F`` at 290 K."""
+        """Thermal noise power per antenna in W, ``k T0 B F`` at 290 K."""
         return BOLTZMANN * ROOM_TEMPERATURE * self.bandwidth * 10 ** (self.noise_figure / 10)
 
     def gain(self, distances: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ class UplinkScenario:
             numpy: return NumPy arrays (on the CPU).
 
         Returns:
-            An `Uplink` with `H` (*batch, N_R, Q), `P` (*batch, Q) and `noise` (*batch).
+            An `Uplink` with `H` (..., N_R, Q), `P` (..., Q) and `noise` (...), where ... stands for `batch`.
 
         Raises:
             InputError: a negative batch dimension, another dtype, `numpy` together with a device that is not the CPU.

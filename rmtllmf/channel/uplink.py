@@ -57,7 +57,7 @@ class Uplink:
 
     @property
     def noise_covariance(self) -> Any:
-        """Covariance of the thermal noise, ``noise * I``: (..., N_R, N_R), complex like `H`."""
+        """Covariance of the thermal noise, ``noise * I`` of shape (..., N_R, N_R), complex like `H`."""
         size = self.H.shape[-2]
         if isinstance(self.H, Tensor):
             noise = torch.as_tensor(self.noise, device=self.H.device)

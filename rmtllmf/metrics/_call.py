@@ -1,0 +1,73 @@
+"""What the metrics share: predictions, and calls of a model with other parameters than its own."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .._state import StateLike, Tensors, as_state, check_keys, check_shapes, identity
+from .._tasks import Head, forward, logits_of
+from ..errors import NonFiniteError, ShapeError
+
+__all__ = ["WithState", "check_model", "logit_matrix", "predictions", "state_of"]
+
+
+def check_model(model: object) -> None:
+    """Raise unless `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def logit_matrix(logits: Any, argument: str) -> Tensor:
+    """`logits` if they are a tensor (B, K) without NaN."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{argument}: expected logits as a tensor (B, K), got {type(logits).__name__}")
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ShapeError(f"{argument}: expected logits of shape (B, K), got {tuple(logits.shape)}")
+    if bool(logits.isnan().any()):
+        raise NonFiniteError(f"{argument}: the logits hold NaN, so that there is no prediction")
+    return logits
+
+
+def predictions(model: Any, head: Head | None, inputs: Any, argument: str) -> Tensor:
+    """(B,) the class with the largest logit."""
+    return logit_matrix(logits_of(model, head, inputs), argument).argmax(-1)
+
+
+def state_of(model: nn.Module, source: StateLike, argument: str) -> dict[str, Tensor]:
+    """`source` as a state dict that fits `model`, on the model's device."""
+    own, state = model.state_dict(), as_state(source, argument)
+    check_keys(state, own, argument, "model")
+    check_shapes(state, own, argument, "model")
+    return {name: state[name].detach().to(own[name].device) for name in own}
+
+
+class WithState:
+    """The model as a function with the parameters and buffers `state` in place of its own, which stay untouched.
+
+    Entries that are tied in the model count once: as in ``load_state_dict``, the last name in `state` wins.
+    """
+
+    def __init__(self, model: nn.Module, state: Tensors) -> None:
+        self.model = model
+        memory: dict[Hashable, str] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            memory[identity(tensor)] = name
+        self.state = {name: state[name] for name in memory.values()}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.model, self.state, args, kwargs)
+
+    def logits(self, inputs: Any, argument: str) -> Tensor:
+        """(B, K) of a complete model."""
+        output = forward(self, inputs)
+        return logit_matrix(output if isinstance(output, Tensor) else getattr(output, "logits", output), argument)
+
+    @torch.no_grad()
+    def predictions(self, head: Head | None, inputs: Any, argument: str) -> Tensor:
+        """(B,) the class with the largest logit."""
+        return predictions(self, head, inputs, argument)

@@ -1,0 +1,135 @@
+"""The paper's resilient fusion: fuse what was received, restore the embeddings, realign the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from .._state import (
+    StateLike,
+    Tensors,
+    as_state,
+    check_dtypes,
+    check_keys,
+    check_same_states,
+    check_shapes,
+    identity,
+    select_names,
+)
+from .._tasks import Tasks
+from ..errors import InputError
+from ..taskvec import TaskVector, task_arithmetic
+from .keys import embedding_keys
+from .realign import Loss, MakeOptimizer, Realignment, prepare
+from .restore import restore
+
+__all__ = ["resilient_fusion"]
+
+
+def resilient_fusion(
+    model: nn.Module,
+    base: StateLike,
+    received: Sequence[Tensors],
+    tasks_or_batches: Tasks,
+    *,
+    rule: Callable[[Sequence[Tensors]], Tensors] = task_arithmetic,
+    frozen: str | Iterable[str] | None = None,
+    steps: int = 100,
+    trainable: str | Iterable[str] | None = None,
+    loss: Loss = cross_entropy,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    warmup: float | None = None,
+    optimizer: MakeOptimizer | None = None,
+    progress: bool = False,
+) -> Realignment:
+    r"""R-MTLLMF: fuse the received task vectors, restore the frozen parameters, realign the rest; in place.
+
+    .. math:: \theta = \theta_{\text{base}} + \mathrm{rule}(\hat\tau_1, \dots, \hat\tau_N), \qquad
+              \theta_{\mathcal{E}} \leftarrow \theta_{\text{base}, \mathcal{E}}, \qquad
+              \min_{\theta_j,\ j \notin \mathcal{E}} \frac{1}{N} \sum_i \ell_i(\theta)
+
+    With ``frozen=()`` and ``steps=0`` it is the unprotected fusion.
+
+    Args:
+        model: receives the result; whatever it holds before is overwritten. May be the same object as `base`.
+        base: what the task vectors were taken from: a module, a state dict or the path of a safetensors file.
+        received: the N task vectors as they came over the channel, mappings of name -> tensor.
+        tasks_or_batches: name -> (head, batches), or the batches of a complete model, as for `realign`.
+        rule: task vectors -> the fused update, such as ``rmtllmf.taskvec.task_arithmetic``; to set its options pass
+            ``functools.partial(task_arithmetic, scale=0.4)``.
+        frozen: names or glob patterns of what is restored and not trained; None: `embedding_keys` of the model.
+            A tied parameter is meant under any of its names.
+        steps: realignment steps, at least 0.
+        trainable, loss, lr, weight_decay, warmup, optimizer, progress: as for `realign`.
+
+    Returns:
+        The `Realignment`.
+
+    Raises:
+        InputError: no embeddings found and `frozen` not given, or an argument that `realign` refuses. All arguments
+            but the batches are checked before the model is touched.
+        StateMismatchError: model, base and received vectors do not fit together.
+        NonFiniteError: a loss that is not finite; the model is left fused and restored, as of the step before.
+
+    Source: R-MTLLMF, section IV.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        >>> heard = [{name: torch.randn_like(tensor) for name, tensor in base.items()} for _ in range(2)]
+        >>> batches = [(torch.eye(4), torch.tensor([0, 0, 1, 1]))]
+        >>> done = resilient_fusion(model, base, heard, batches, frozen="0.*", steps=5)
+        >>> done.trained, bool((model[0].weight == base["0.weight"]).all())
+        (('1.weight', '1.bias'), True)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not callable(rule):
+        raise TypeError(f"rule: expected a function task vectors -> update, got {type(rule).__name__}")
+    current, original = dict(model.state_dict(keep_vars=True)), as_state(base, "base")
+    check_keys(original, current, "base", "model")
+    check_shapes(original, current, "base", "model")
+    check_dtypes(original, current, "base", "model")
+    check_same_states(received, "received")
+    names = _frozen_names(model, current, frozen)
+    plan = prepare(
+        model,
+        tasks_or_batches,
+        steps=steps,
+        frozen=names,
+        trainable=trainable,
+        loss=loss,
+        lr=lr,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        optimizer=optimizer,
+        progress=progress,
+    )
+    update = rule(received)
+    if not isinstance(update, Mapping):
+        raise TypeError(f"rule: expected it to return a mapping of name -> tensor, got {type(update).__name__}")
+    if not isinstance(update, TaskVector):
+        update = TaskVector(update)
+    model.load_state_dict(restore(update.apply_to(original), original, names))
+    return plan.run()
+
+
+def _frozen_names(
+    model: nn.Module, state: Mapping[str, Tensor], frozen: str | Iterable[str] | None
+) -> list[str]:
+    """All names of the frozen entries, those of their ties included: the channel may have bent each on its own."""
+    if frozen is None:
+        found: Iterable[str] = embedding_keys(model)
+        if not found:
+            raise InputError(
+                "frozen: no embeddings were recognised in the model; name what to protect (names or glob patterns), "
+                "or pass frozen=() to protect nothing"
+            )
+    else:
+        found = select_names(state, frozen, "frozen")
+    memory = {identity(state[name]) for name in found}
+    return [name for name in state if identity(state[name]) in memory]

@@ -1,0 +1,67 @@
+"""What the front pages say is true: their Python runs, their commands stand there, their names exist."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = (
+    "python -m pip install -e '.[examples]' && python examples/quickstart.py",
+    "python -m pip install -e '.[test]' && python -m pytest",
+)
+
+
+def python_blocks(path):
+    """(first line, code) of every ```python block."""
+    text = path.read_text(encoding="utf-8")
+    for match in re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        yield text.count("\n", 0, match.start(1)), match.group(1)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_python_blocks_run_in_order(page, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # a snippet must not depend on, or write to, the checkout
+    blocks = list(python_blocks(ROOT / page))
+    assert blocks
+    namespace = {"__name__": "__main__"}
+    for line, code in blocks:
+        exec(compile("\n" * line + code, str(ROOT / page), "exec"), namespace)
+    assert "nan" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_quick_start_commands_stand_alone_on_their_lines(page, command):
+    lines = [line.strip() for line in (ROOT / page).read_text(encoding="utf-8").splitlines()]
+    assert lines.count(command) == 1
+
+
+def test_the_quick_start_is_exactly_these_two_commands():
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Quick start")[1].split("\n## ")[0]
+    shell = re.findall(r"^```sh\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    assert tuple(block.strip() for block in shell) == COMMANDS
+
+
+def test_every_name_in_the_readmes_table_exists():
+    rows = re.findall(r"^\| `rmtllmf\.(\w+)` \|[^|]*\|([^|]*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [part for part, _ in rows] == [
+        "channel",
+        "taskvec",
+        "resilience",
+        "metrics",
+        "clip",
+        "plot",
+        "errors",
+    ]
+    for part, cell in rows:
+        public = importlib.import_module(f"rmtllmf.{part}").__all__
+        assert set(re.findall(r"`(\w+)`", cell)) <= set(public)
+
+
+def test_links_between_the_pages_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
