@@ -94,7 +94,9 @@ class Inputs:
     def _finite(tensor: Tensor, argument: str) -> Tensor:
         bad = int((~torch.isfinite(tensor.detach())).sum())
         if bad:
-            raise NonFiniteError(f"{argument}: holds {bad} non-finite entries of {tensor.numel()}; expected finite numbers")
+            raise NonFiniteError(
+                f"{argument}: holds {bad} non-finite entries of {tensor.numel()}; expected finite numbers"
+            )
         return tensor
 
 

@@ -106,7 +106,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 def check_same_states(vectors: Sequence[Tensors], argument: str) -> list[str]:
     """Raise unless there is at least one mapping and all agree in keys and shapes; returns the sorted keys."""
-    if isinstance(vectors, Mapping) or isinstance(vectors, str | Tensor):
+    if isinstance(vectors, Mapping | str | Tensor):
         raise TypeError(
             f"{argument}: expected a sequence of mappings of name -> tensor, got a single {type(vectors).__name__}"
         )
@@ -114,9 +114,7 @@ def check_same_states(vectors: Sequence[Tensors], argument: str) -> list[str]:
         raise InputError(f"{argument}: expected at least one mapping of name -> tensor, got an empty sequence")
     for index, vector in enumerate(vectors):
         if not isinstance(vector, Mapping):
-            raise TypeError(
-                f"{argument}[{index}]: expected a mapping of name -> tensor, got {type(vector).__name__}"
-            )
+            raise TypeError(f"{argument}[{index}]: expected a mapping of name -> tensor, got {type(vector).__name__}")
     first = vectors[0]
     for index, vector in enumerate(vectors[1:], 1):
         check_keys(vector, first, f"{argument}[{index}]", f"{argument}[0]")
@@ -206,7 +204,7 @@ _ROWS = 64  # rows converted to float64 at once
 
 
 def inner_product(left: Tensor, right: Tensor) -> float:
-    """Sum of products in float64 over fixed rows, each summed by one thread: the same bits for any number of threads."""
+    """Sum of products in float64, over fixed rows, each summed by one thread: the same bits for any number of them."""
     same = left is right
     left, right = left.detach().reshape(-1), right.detach().reshape(-1)
     whole = left.numel() // _ROW

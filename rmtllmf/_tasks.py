@@ -96,7 +96,7 @@ def forward(model: Callable[..., Any], inputs: Any) -> Any:
 
 
 def logits_of(model: Callable[..., Any], head: Head | None, inputs: Any) -> Any:
-    """What the loss and the metrics see: ``head(model(inputs))``, or the model's output, or its ``logits`` attribute."""
+    """What losses and metrics see: ``head(model(inputs))``, or the model's output, or its attribute ``logits``."""
     output = forward(model, inputs)
     if head is not None:
         output = head(output)
@@ -107,10 +107,10 @@ def device_of(model: Callable[..., Any]) -> torch.device | None:
     """Where the first parameter or buffer lives; None if there is none."""
     if not isinstance(model, nn.Module):
         return None
-    for tensor in model.parameters():
-        return tensor.device
-    for tensor in model.buffers():
-        return tensor.device
+    for parameter in model.parameters():
+        return parameter.device
+    for buffer in model.buffers():
+        return buffer.device
     return None
 
 

@@ -1,5 +1,7 @@
 """Settings of the whole suite: reproducible hypothesis runs, and GPU tests only where there is a GPU."""
 
+import os
+
 import pytest
 from hypothesis import settings
 
@@ -8,6 +10,12 @@ settings.register_profile("reproducible", derandomize=True, deadline=None, print
 # To look for new examples: python -m pytest --hypothesis-profile=explore
 settings.register_profile("explore", derandomize=False, deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("reproducible")
+
+
+# Under pytest-xdist (-n) the workers share the cores: more threads than cores would spin against each other, which
+# makes small models ten times slower. Read by torch when it starts, here and in the interpreters that tests start.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from helpers import bad_input_channel
 
+from helpers import bad_input_channel
 from rmtllmf.channel import barrage_covariance, strongest_user_covariance, worst_case
 
 CASES = [*bad_input_channel.CASES]

@@ -1,7 +1,7 @@
 r"""The linear filters behind every receiver, for regular and singular noise covariances.
 
-User q's filter is :math:`w_q = (\sum_{j \in S_q} b_j b_j^H + C)^{-1} b_q`, where :math:`S_q` are the users still present
-when it is decoded. With :math:`K = I + B_S^H C^{-1} B_S` the filter leaves :math:`w_q^H b_j = [j = q] - F_{jq}^*` of
+User q's filter is :math:`w_q = (\sum_{j \in S_q} b_j b_j^H + C)^{-1} b_q`, where :math:`S_q` are the users present when
+it is decoded. With :math:`K = I + B_S^H C^{-1} B_S` the filter leaves :math:`w_q^H b_j = [j = q] - F_{jq}^*` of
 user j, where :math:`F_{\cdot q} = K^{-1} e_q` on the users present and 0 elsewhere. Everything that a receiver reports
 follows from `F` and `W`.
 """
@@ -69,7 +69,9 @@ def gram_root(signal: Tensor) -> Tensor:
 def linear_filters(seen: Whitened) -> tuple[Tensor, Tensor]:
     """`F` and `W` with everybody present."""
     if seen.clear is not None:
-        everyone = torch.ones(seen.signal.shape[:-2] + 2 * seen.signal.shape[-1:], dtype=torch.bool, device=seen.root.device)
+        everyone = torch.ones(
+            seen.signal.shape[:-2] + 2 * seen.signal.shape[-1:], dtype=torch.bool, device=seen.root.device
+        )
         return _singular_filters(seen, everyone)
     R = gram_root(seen.signal)
     inverse = torch.linalg.solve_triangular(R, _eye_like(R), upper=True)
@@ -108,7 +110,8 @@ def _singular_filters(seen: Whitened, present: Tensor) -> tuple[Tensor, Tensor]:
     What users send into the noise-free space is known exactly: only combinations of users in the null space of `clear`
     keep an error, and there the usual formula holds.
     """
-    assert seen.clear is not None and seen.basis is not None
+    assert seen.clear is not None  # the caller has looked
+    assert seen.basis is not None
     users = present.shape[-1]
     batch = torch.broadcast_shapes(seen.signal.shape[:-2], present.shape[:-2])
     signal, clear = (part.expand(*batch, *part.shape[-2:]) for part in (seen.signal, seen.clear))

@@ -39,8 +39,8 @@ def scales(vector: Tensors, keys: Sequence[str], scale: str | float, argument: s
         for key, value in found.items():
             if value == 0:
                 raise InputError(
-                    f"{argument}[{key!r}] is all zero and cannot be normalised; use scale='rms' or 'peak' (of the whole "
-                    "vector), a number, or leave the tensor out"
+                    f"{argument}[{key!r}] is all zero and cannot be normalised; use scale='rms' or 'peak' of the "
+                    "whole vector, a number, or leave the tensor out"
                 )
         return {key: found.get(key, 1.0) for key in keys}
     if scale == "rms":

@@ -24,7 +24,7 @@ class Reception:
     = \sum_j G_{qj} s_j + w_q^H z`, with the noise's true covariance :math:`C`.
 
     Attributes:
-        mse: (..., Q) :math:`E|\hat s_q - s_q|^2`, relative to unit symbol variance. Above 1 is possible when mismatched.
+        mse: (..., Q) :math:`E|\hat s_q - s_q|^2`, for symbols of unit variance. Above 1 is possible when mismatched.
         sinr: (..., Q) signal to interference plus noise, linear.
         rate: (..., Q) nats per channel use, ``log1p(sinr)``.
         gain: (..., Q) the gain :math:`g_q = G_{qq}` of the wanted symbol in its estimate, real.
@@ -133,9 +133,7 @@ def lmmse(H: Array, P: ArrayLike, C: Array, *, designed_for: Array | None = None
     return _reception(inputs, F, W, None if designed_for is None else noise, None)
 
 
-def _design(
-    inputs: Inputs, B: Tensor, noise: Tensor, designed_for: Array | None, eps: float
-) -> Whitened:
+def _design(inputs: Inputs, B: Tensor, noise: Tensor, designed_for: Array | None, eps: float) -> Whitened:
     if designed_for is None:
         return whiten(B, noise, "C", eps)
     design = inputs.complex(designed_for, "designed_for", real_too=True)
@@ -180,13 +178,16 @@ def _reception(inputs: Inputs, F: Tensor, W: Tensor, noise: Tensor | None, order
         N = interference.mH @ interference + heard
         mse = torch.diagonal(E, dim1=-2, dim2=-1).real
         power = torch.diagonal(N, dim1=-2, dim2=-1).real
-        silent = gain == 0
         sinr = torch.where(power > 0, gain.square() / torch.where(power > 0, power, 1.0), torch.inf)
-        sinr = torch.where(silent, 0.0, sinr)
+        sinr = torch.where(gain == 0, 0.0, sinr)
     E, N = 0.5 * (E + E.mH), 0.5 * (N + N.mH)
-    batch = mse.shape[:-1]
-    if order is not None:
-        order = order.expand(*batch, order.shape[-1])
-        order = order.numpy() if inputs.numpy else order
     back = inputs.back
-    return Reception(back(mse), back(sinr), back(torch.log1p(sinr)), back(gain), order, back(E), back(N))
+    return Reception(
+        mse=back(mse),
+        sinr=back(sinr),
+        rate=back(torch.log1p(sinr)),
+        gain=back(gain),
+        order=None if order is None else back(order.expand_as(mse)),
+        error_covariance=back(E),
+        noise_covariance=back(N),
+    )

@@ -103,9 +103,7 @@ class UplinkScenario:
                 finite_number(distance, f"placement[{index}]", positive=True)
         if isinstance(self.path_loss, str):
             if self.path_loss != "free_space":
-                raise InputError(
-                    f"path_loss: expected 'free_space', an exponent or a function, got {self.path_loss!r}"
-                )
+                raise InputError(f"path_loss: expected 'free_space', an exponent or a function, got {self.path_loss!r}")
         elif not callable(self.path_loss):
             finite_number(self.path_loss, "path_loss", positive=True)
 

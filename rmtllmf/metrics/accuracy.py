@@ -80,7 +80,7 @@ def normalized_accuracy(
 
     Args:
         accuracies: of the fused model, a task each: a mapping by task or a sequence.
-        references: of the individually fine-tuned models: a mapping of the same tasks, or a sequence of the same length.
+        references: of the individually fine-tuned models: a mapping of the same tasks, or a sequence as long.
 
     Raises:
         InputError: no tasks, other tasks, a reference that is not positive, an accuracy that is negative or no finite
@@ -93,9 +93,8 @@ def normalized_accuracy(
         >>> normalized_accuracy({"mnist": 0.5, "svhn": 0.9}, {"mnist": 1.0, "svhn": 0.9})
         0.75
     """
-    for name, values in (("accuracies", accuracies), ("references", references)):
-        if isinstance(values, str) or not isinstance(values, Mapping | Sequence):
-            raise TypeError(f"{name}: expected a mapping of task -> number or a sequence, got {type(values).__name__}")
+    _check_kind(accuracies, "accuracies")
+    _check_kind(references, "references")
     if isinstance(accuracies, Mapping) and isinstance(references, Mapping):
         check_keys(accuracies, references, "accuracies", "references")
         both = [(f"[{task!r}]", accuracies[task], references[task]) for task in accuracies]
@@ -103,9 +102,7 @@ def normalized_accuracy(
         raise TypeError("accuracies, references: expected two mappings or two sequences, got one of each")
     else:
         if len(accuracies) != len(references):
-            raise ShapeError(
-                f"accuracies: expected as many as references, {len(references)}, got {len(accuracies)}"
-            )
+            raise ShapeError(f"accuracies: expected as many as references, {len(references)}, got {len(accuracies)}")
         both = [(f"[{i}]", value, other) for i, (value, other) in enumerate(zip(accuracies, references, strict=True))]
     if not both:
         raise InputError("accuracies: expected at least one task, got none")
@@ -116,3 +113,8 @@ def normalized_accuracy(
             raise InputError(f"accuracies{where}: expected a number >= 0, got {number}")
         ratios.append(number / finite_number(reference, f"references{where}", positive=True))
     return math.fsum(ratios) / len(ratios)
+
+
+def _check_kind(values: object, argument: str) -> None:
+    if isinstance(values, str) or not isinstance(values, Mapping | Sequence):
+        raise TypeError(f"{argument}: expected a mapping of task -> number or a sequence, got {type(values).__name__}")

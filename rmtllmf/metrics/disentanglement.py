@@ -123,7 +123,7 @@ def _in_order(vectors: Sequence[Tensors] | Mapping[str, Tensors], names: list[st
     if isinstance(vectors, Mapping):
         check_keys(vectors, names, "vectors", "tasks")
         return [vectors[name] for name in names]
-    if isinstance(vectors, str | Tensor) or not isinstance(vectors, Sequence):
+    if not isinstance(vectors, Sequence):
         raise TypeError(f"vectors: expected a sequence or a mapping of task vectors, got {type(vectors).__name__}")
     if len(vectors) != len(names):
         raise InputError(f"vectors: expected one for each of the {len(names)} tasks, got {len(vectors)}")

@@ -127,21 +127,20 @@ def disturbance_test(
 
 def _deviations(logits: Tensor, parameters: dict[str, Tensor], variance: dict[str, float]) -> Tensor:
     """(K,) the standard deviation of each logit, from the gradient of each."""
-    result = []
-    for logit in logits:
-        total = torch.zeros((), dtype=torch.float64, device=logits.device)
-        if logit.requires_grad and parameters:
+    totals = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+    if logits.requires_grad and parameters:
+        leaves, pick = list(parameters.values()), torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
+        for index in range(len(logits)):
             # the graph is kept for the next logit, and dies with `logits` after the last
-            gradients = torch.autograd.grad(logit, list(parameters.values()), retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(logits, leaves, pick[index], retain_graph=True, allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
-                    total += variance[name] * gradient.double().square().sum().to(total.device)
-        result.append(total.sqrt())
-    return torch.stack(result)
+                    totals[index] += variance[name] * gradient.double().square().sum().to(totals.device)
+    return totals.sqrt()
 
 
 def _variances(model: nn.Module, state: dict[str, Tensor], tolerated: float | Mapping[str, float]) -> dict[str, float]:
-    """Name -> variance, for names with a positive one; tied entries under the last of their names, as in `WithState`."""
+    """Name -> variance where it is positive; tied entries under the last of their names, as in `WithState`."""
     own = model.state_dict(keep_vars=True)
     last = {identity(own[name]): name for name in own}
     bendable = [name for name in state if is_bendable(name, state[name])]
@@ -159,7 +158,7 @@ def _variances(model: nn.Module, state: dict[str, Tensor], tolerated: float | Ma
     for name, value in named.items():
         first = last[identity(own[name])]
         if result.setdefault(first, value) != value:
-            raise InputError(f"tolerated_variance[{name!r}]: {value} differs from that of {first!r}, which it is tied to")
+            raise InputError(f"tolerated_variance[{name!r}]: {value} differs from that of {first!r}, its tied twin")
     return {name: value for name, value in result.items() if value > 0}
 
 

@@ -118,9 +118,7 @@ def resilient_fusion(
     return plan.run()
 
 
-def _frozen_names(
-    model: nn.Module, state: Mapping[str, Tensor], frozen: str | Iterable[str] | None
-) -> list[str]:
+def _frozen_names(model: nn.Module, state: Mapping[str, Tensor], frozen: str | Iterable[str] | None) -> list[str]:
     """All names of the frozen entries, those of their ties included: the channel may have bent each on its own."""
     if frozen is None:
         found: Iterable[str] = embedding_keys(model)

@@ -38,7 +38,7 @@ _HEAD = re.compile(
 )
 _ATTENTION = re.compile(
     r"""(?:^|\.)\w*(?:attn|attention)\w*\.
-    (?:(?:self|attention|output)\.)?                                  # BERT: attention.self.query, attention.output.dense
+    (?:(?:self|attention|output)\.)?       # BERT: attention.self.query, attention.output.dense
     (?:
         (?:in_proj|out_proj|[qkvoc]_proj|qkv_proj|qkv|kv|[qkvo]|proj|query|key|value|query_key_value|dense
           |c_attn|q_attn|[qkv]_lin|out_lin|w[qkvo]|Wqkv|Wo)\.(?:weight|bias)

@@ -146,7 +146,8 @@ class Plan:
             stack.enter_context(_kept(self.kept_buffers))
             optimizer = self.optimizer(parameters)
             if not isinstance(optimizer, torch.optim.Optimizer):
-                raise TypeError(f"optimizer: expected it to return a torch.optim.Optimizer, got {type(optimizer).__name__}")
+                kind = type(optimizer).__name__
+                raise TypeError(f"optimizer: expected it to return a torch.optim.Optimizer, got {kind}")
             scheduler = None if self.schedule is None else torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
             batches = {name: _endless(task, name, device) for name, task in self.tasks.items()}
             bar = stack.enter_context(_bar(self.steps)) if self.progress else None

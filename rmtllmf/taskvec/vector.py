@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar, overload
+from typing import Any, Self, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from .._state import (
     StateLike,
@@ -156,7 +155,9 @@ class TaskVector(Mapping[str, Tensor]):
         for key in self:
             if not is_bendable(key, state[key]):
                 raise TypeError(f"base[{key!r}] is {state[key].dtype} or a running statistic; it cannot be changed")
-        moved = map_tied(lambda old, delta: _add(old, delta, factor), [key for key in state if key in self], state, self)
+        moved = map_tied(
+            lambda old, delta: _add(old, delta, factor), [key for key in state if key in self], state, self
+        )
         kept = map_tied(lambda old: old.detach().clone(), [key for key in state if key not in self], state)
         result = {key: moved[key] if key in moved else kept[key] for key in state}
         if isinstance(base, nn.Module):

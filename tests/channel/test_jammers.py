@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from helpers.oracles import complex_normal, log_det_rate, random_covariance
 
+from helpers.oracles import complex_normal, log_det_rate, random_covariance
 from rmtllmf.channel import barrage_covariance, sic, strongest_user_covariance, worst_case_covariance
 
 

@@ -4,10 +4,11 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from helpers.oracles import assert_covariance, complex_normal, log_det_rate, random_covariance, receive, simulate
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.oracles import assert_covariance, complex_normal, log_det_rate, random_covariance, receive, simulate
 from rmtllmf.channel import (
     UplinkScenario,
     barrage_covariance,
@@ -242,3 +243,21 @@ def test_errors_of_an_unaware_receiver_are_strongly_correlated(paper_draws):
     correlation = np.abs(E) / (root[:, :, None] * root[:, None, :])
     off = correlation[:, ~np.eye(8, dtype=bool)]
     assert off.mean() == pytest.approx(0.78, abs=0.05)
+
+
+def test_gradients_pass_through_receivers_rates_and_the_simpler_jammers():
+    """Against finite differences, in H, P, the jammer's power and the design; a white covariance is degenerate."""
+    rng = np.random.default_rng(11)
+    H = torch.from_numpy(complex_normal(rng, 3, 2)).requires_grad_()
+    P = torch.tensor([1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    power = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    thermal = 0.3 * torch.eye(3, dtype=torch.float64)
+
+    def outputs(H, P, power):
+        jammed = strongest_user_covariance(H, P, power) + thermal
+        white = barrage_covariance(H, power) + thermal
+        unaware = sic(H, P, jammed, designed_for=white, order=[1, 0])
+        linear = lmmse(H, P, white)
+        return sum_rate(H, P, white), unaware.mse, unaware.rate, linear.error_covariance, sic(H, P, jammed).sinr
+
+    assert torch.autograd.gradcheck(outputs, (H, P, power))

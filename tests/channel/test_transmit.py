@@ -6,8 +6,8 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from helpers.oracles import complex_normal, random_covariance
 
+from helpers.oracles import complex_normal, random_covariance
 from rmtllmf.channel import Reception, lmmse, sic, transmit
 from rmtllmf.metrics import snr_db
 from rmtllmf.taskvec import TaskVector
@@ -57,7 +57,9 @@ def reference_scale(vector, scale):
         return whole.abs().max().expand_as(whole)
     if isinstance(scale, float):
         return torch.full_like(whole, scale)
-    measure = (lambda t: t.double().square().mean().sqrt()) if scale == "tensor_rms" else (lambda t: t.double().abs().max())
+    measure = (
+        (lambda t: t.double().square().mean().sqrt()) if scale == "tensor_rms" else (lambda t: t.double().abs().max())
+    )
     return torch.cat([measure(vector[key]).expand(vector[key].numel()) for key in sorted(vector)])
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from helpers.oracles import complex_normal, log_det_rate, random_covariance, worst_case_by_cvxpy
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.oracles import complex_normal, log_det_rate, random_covariance, worst_case_by_cvxpy
 from rmtllmf.channel import sum_rate, worst_case, worst_case_covariance
 
 SHAPES = {"tall": (4, 2), "square": (3, 3), "wide": (2, 4), "one user": (3, 1), "one antenna": (1, 3)}
@@ -174,7 +174,9 @@ def test_limits():
     assert worst_case(H, 0.0, 2.0).sum_rate == 0
     # one user: all power along its channel
     h = H[:, :1]
-    np.testing.assert_allclose(worst_case_covariance(h, 1.0, 2.0, noise=0.1), 2 * h @ h.conj().T / trace(h @ h.conj().T))
+    np.testing.assert_allclose(
+        worst_case_covariance(h, 1.0, 2.0, noise=0.1), 2 * h @ h.conj().T / trace(h @ h.conj().T)
+    )
     # no floor and a weak jammer: c ~ sqrt(v); an overwhelming one: c ~ v^(1/2) again from v/(c^2) = nu
     v = np.array([4.0, 1.0])
     strong = worst_case_covariance(np.diag(np.sqrt(v)) + 0j, 1.0, 1e9)

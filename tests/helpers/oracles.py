@@ -19,7 +19,7 @@ def random_covariance(rng, size, rank=None):
 def log_det_rate(H, P, C):
     """log det(I + H P H^H C^-1), from the definition."""
     A = (H * P) @ H.conj().T
-    sign, value = np.linalg.slogdet(np.eye(len(C)) + A @ np.linalg.inv(C))
+    _, value = np.linalg.slogdet(np.eye(len(C)) + A @ np.linalg.inv(C))
     return value
 
 

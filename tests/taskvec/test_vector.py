@@ -234,7 +234,7 @@ def test_a_real_architecture_round_trips():
 
 def test_differences_that_make_no_sense_are_refused(pair):
     base, tuned = (model.state_dict() for model in pair)
-    with pytest.raises(StateMismatchError, match="lacks 'norm.bias'"):
+    with pytest.raises(StateMismatchError, match=r"lacks 'norm\.bias'"):
         TaskVector.between(base, {k: v for k, v in tuned.items() if k != "norm.bias"})
     with pytest.raises(StateMismatchError, match="unexpected 'extra'"):
         TaskVector.between(base, {**tuned, "extra": torch.ones(1)})

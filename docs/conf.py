@@ -1,0 +1,43 @@
+"""Sphinx configuration. Build with: sphinx-build -W -b html docs docs/_build/html."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import rmtllmf
+
+project = "rmtllmf"
+author = "rmtllmf developers"
+copyright = "rmtllmf developers"
+version = release = rmtllmf.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build"]
+source_suffix = {".md": "markdown"}
+myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_default_options = {"members": True}
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+# short names in signatures; api/index.md says what they stand for
+ALIASES = "Array ArrayLike Batches Head Loss MakeOptimizer PathLoss Placement Seed StateLike Tasks Template Tensors"
+autodoc_type_aliases = {name: name for name in (*ALIASES.split(), "Tokenizer")}
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+napoleon_custom_sections = ["Source"]
+# `name` in single backquotes in a docstring is code
+default_role = "code"
+
+html_theme = "furo"
+html_title = f"rmtllmf {release}"

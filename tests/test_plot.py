@@ -1,0 +1,153 @@
+"""What the figures say: bars, lines, numbers and labels, not pixels."""
+
+import sys
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+
+from rmtllmf.metrics import cosine_similarity
+from rmtllmf.plot import fusion_chart, similarity_heatmap
+
+METHODS = ("unprotected", "restored", "realigned", "both")
+CONDITIONS = ("ideal", "strongest_user", "sum_rate")
+
+
+def mean_of(condition, method):
+    return 0.2 + 0.05 * CONDITIONS.index(condition) + 0.15 * METHODS.index(method)
+
+
+def rows(seeds=1):
+    spread = np.linspace(-0.02, 0.02, seeds) if seeds > 1 else np.zeros(1)
+    table = [
+        {"condition": c, "method": m, "mean": mean_of(c, m), "values": list(mean_of(c, m) + spread)}
+        for c in CONDITIONS
+        for m in METHODS
+    ]
+    lines = [("base", 0.62), ("clean", 0.86)]
+    return table + [{"condition": "none", "method": name, "mean": mean, "values": [mean]} for name, mean in lines]
+
+
+def bars_of(ax):
+    """(condition, method) -> bar, by the place of the bar and the label of its container."""
+    labels = dict(zip(("unprotected", "embeddings restored", "realigned", "restored and realigned"), METHODS, strict=True))
+    return {
+        (CONDITIONS[round(bar.get_x() + bar.get_width() / 2)], labels[container.get_label()]): bar
+        for container in ax.containers
+        if container.get_label() in labels
+        for bar in container
+    }
+
+
+def test_every_bar_has_its_height_and_its_place():
+    ax = fusion_chart(rows())
+    bars = bars_of(ax)
+    assert set(bars) == {(c, m) for c in CONDITIONS for m in METHODS}
+    for (condition, method), bar in bars.items():
+        assert bar.get_height() == pytest.approx(100 * mean_of(condition, method))
+    edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in bars.values())
+    assert all(left[1] < right[0] + 1e-9 for left, right in zip(edges, edges[1:], strict=False)), "bars overlap"
+    assert len({to_hex(bar.get_facecolor()) for bar in bars.values()}) == 4
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == [
+        "ideal uplink",
+        "strongest-user attack",
+        "sum-rate attack",
+    ]
+
+
+def test_lines_legend_and_axis():
+    ax = fusion_chart(rows())
+    lines = {line.get_label(): set(line.get_ydata()) for line in ax.lines if not line.get_label().startswith("_")}
+    assert lines == {"fusion without noise (86 %)": {86.0}, "base model (62 %)": {62.0}}
+    assert {text.get_text() for text in ax.get_legend().get_texts()} == {
+        *lines,
+        "unprotected",
+        "embeddings restored",
+        "realigned",
+        "restored and realigned",
+    }
+    assert ax.get_ylabel() == "normalised accuracy (%)"
+    assert ax.get_ylim() == (0, 100)
+    ax.figure.canvas.draw()
+    legend, box = ax.get_legend().get_window_extent(), ax.get_window_extent()
+    assert legend.y0 >= box.y1 - 1, "the legend covers the bars"
+    assert legend.y1 <= ax.figure.bbox.y1
+    assert legend.x0 >= 0
+    assert legend.x1 <= ax.figure.bbox.x1
+
+
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_error_bars_only_with_more_than_one_seed(seeds):
+    ax = fusion_chart(rows(seeds))
+    bars = [container for container in ax.containers if hasattr(container, "errorbar") and container.errorbar]
+    if seeds == 1:
+        assert not bars
+        return
+    assert len(bars) == 4
+    (segments,) = bars[0].errorbar.lines[2]
+    deviation = 100 * np.std(np.linspace(-0.02, 0.02, seeds), ddof=1)
+    for segment, condition in zip(segments.get_segments(), CONDITIONS, strict=True):
+        middle = 100 * mean_of(condition, "unprotected")
+        assert segment[:, 1] == pytest.approx([middle - deviation, middle + deviation])
+
+
+def test_a_part_of_the_table_will_do_and_tall_bars_fit():
+    some = [row for row in rows() if row["condition"] == "sum_rate" and row["method"] in ("restored", "both")]
+    some[0] = {**some[0], "mean": 1.3}
+    del some[0]["values"]
+    ax = fusion_chart(some)
+    assert sorted(bar.get_height() for bar in ax.patches) == pytest.approx([100 * some[1]["mean"], 130])
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["sum-rate attack"]
+    assert ax.get_ylim()[1] > 130
+    assert len(fusion_chart(rows()[-2:]).lines) == 2
+
+
+def luminance(colour):
+    return float(np.dot([0.299, 0.587, 0.114], to_rgb(colour)))
+
+
+@pytest.mark.parametrize("low", [0.0, -1.0])
+def test_the_numbers_of_the_heat_map_are_right_and_legible(low):
+    values = np.array([[1.0, 0.37, low], [0.37, 1.0, 0.555], [low, 0.555, 1.0]])
+    ax = similarity_heatmap(values, ["a", "b", "c"])
+    (image,) = ax.images
+    assert np.array_equal(image.get_array(), values)
+    assert image.get_clim() == (low, 1.0)
+    shown = {text.get_position(): text for text in ax.texts}
+    for row in range(3):
+        for column in range(3):
+            text = shown[column, row]
+            assert float(text.get_text()) == pytest.approx(values[row, column], abs=0.0051)
+            cell = luminance(image.cmap(image.norm(values[row, column]))[:3])
+            assert abs(cell - luminance(text.get_color())) > 0.45
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["a", "b", "c"]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["a", "b", "c"]
+
+
+def test_a_tensor_straight_from_the_metric():
+    vectors = [{"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([1.0, -1e-3])}]
+    ax = similarity_heatmap(cosine_similarity(vectors))
+    assert [text.get_text() for text in ax.texts] == ["1.00"] * 4
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "1"]
+    assert similarity_heatmap([[1.0, -1e-4], [-1e-4, 1.0]]).texts[1].get_text() == "0.00"
+
+
+@pytest.mark.parametrize("draw", [lambda ax: fusion_chart(rows(), ax=ax), lambda ax: similarity_heatmap(np.eye(2), ax=ax)])
+def test_axes_are_returned_and_pyplot_is_left_alone(draw, tmp_path):
+    ax = Figure().add_subplot()
+    assert draw(ax) is ax
+    settings = dict(mpl.rcParams)
+    draw(None).figure.savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+    assert dict(mpl.rcParams) == settings
+    if "matplotlib.pyplot" in sys.modules:
+        assert not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    with pytest.raises(ImportError, match=r"pip install 'rmtllmf\[plot\]'"):
+        fusion_chart(rows())
