@@ -10,6 +10,7 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -156,10 +157,7 @@ def load(
         name: one of ``open_clip.list_models()``, or open_clip's ``hf-hub:`` and ``local-dir:`` names.
         pretrained: a tag that open_clip knows for this model, or the path of a checkpoint (safetensors, or a state
             dict that ``torch.load(weights_only=True)`` accepts: nothing is unpickled); None: random weights.
-        device: where the model goes.
-        precision: as open_clip names them: "fp32", "bf16", "fp16", ...
-        image_size: other than the model's own; None: its own.
-        cache_dir: for downloads; None: open_clip's default.
+        device, precision, image_size, cache_dir: as in ``open_clip.create_model_and_transforms``; None: its default.
 
     Raises:
         InputError: an unknown name, or a `pretrained` that is neither a tag of this model nor a file.
@@ -235,8 +233,8 @@ def zero_shot_head(
         >>> zero_shot_head(model, ["cat", "dog", "horse"]).weight.shape
         torch.Size([8, 3])
     """
-    _check_strings(class_names, "class_names")
-    prompts = [_checked(template, index) for index, template in enumerate(_listed(templates, "templates"))]
+    names = [_class_name(name, index) for index, name in enumerate(_listed(class_names, "class_names"))]
+    prompts = [_template(template, index) for index, template in enumerate(_listed(templates, "templates"))]
     if isinstance(batch_size, bool) or not isinstance(batch_size, int):
         raise TypeError(f"batch_size: expected an int, got {type(batch_size).__name__}")
     if batch_size < 1:
@@ -251,7 +249,7 @@ def zero_shot_head(
         weight = open_clip.build_zero_shot_classifier(
             model,
             tokenizer=_default_tokenizer(open_clip, model) if tokenizer is None else tokenizer,
-            classnames=list(class_names),
+            classnames=names,
             templates=prompts,
             num_classes_per_batch=batch_size,
             device=device_of(model),
@@ -309,13 +307,8 @@ def evaluate(classifier: nn.Module, loader: Batches) -> float:
         classifier: images -> logits, such as an `ImageClassifier`.
         loader: batches of (images, labels); labels are class indices in the order of the class names.
 
-    Returns:
-        A number from 0 to 1.
-
     Raises:
         InputError, ShapeError, NonFiniteError, TypeError: as `rmtllmf.metrics.accuracy`.
-
-    Source: R-MTLLMF, section V.
 
     Example:
         >>> import torch
@@ -327,15 +320,15 @@ def evaluate(classifier: nn.Module, loader: Batches) -> float:
 
 def _open_clip() -> ModuleType:
     try:
-        import open_clip
         import torchvision  # noqa: F401
+
+        return import_module("open_clip")
     except Exception as error:  # a torchvision built for another torch raises RuntimeError
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ImportError(
             f"rmtllmf.clip needs open_clip and a torchvision that fits torch {torch.__version__}, but importing them "
             f"failed ({reason}); install a matching set: pip install -U torch torchvision open_clip_torch"
         ) from error
-    return open_clip
 
 
 def _check_name(open_clip: ModuleType, name: str, weights: str | None) -> None:
@@ -372,24 +365,24 @@ def _listed(values: Any, argument: str) -> list[Any]:
     return list(values)
 
 
-def _check_strings(values: Any, argument: str) -> None:
-    for index, value in enumerate(_listed(values, argument)):
-        if not isinstance(value, str):
-            raise TypeError(f"{argument}[{index}]: expected a string, got {type(value).__name__}")
-        if not value.strip():
-            raise InputError(f"{argument}[{index}]: expected a name, got {value!r}")
+def _class_name(value: Any, index: int) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"class_names[{index}]: expected a string, got {type(value).__name__}")
+    if not value.strip():
+        raise InputError(f"class_names[{index}]: expected a name, got {value!r}")
+    return value
 
 
-def _checked(template: Any, index: int) -> Callable[[str], str]:
+def _template(value: Any, index: int) -> Callable[[str], str]:
     """The template as a function, after a try with a name that no template contains."""
-    if not isinstance(template, str) and not callable(template):
-        raise TypeError(f"templates[{index}]: expected a string or a function, got {type(template).__name__}")
-    fill: Callable[[str], str] = template.format if isinstance(template, str) else template
+    if not isinstance(value, str) and not callable(value):
+        raise TypeError(f"templates[{index}]: expected a string or a function, got {type(value).__name__}")
+    fill: Callable[[str], str] = value.format if isinstance(value, str) else value
     name = "zqx class zqx"
     try:
         prompt = fill(name)
-    except (IndexError, KeyError, ValueError) as error:
-        raise InputError(f"templates[{index}]: expected one {{}} for the class name, got {template!r}") from error
+    except (IndexError, KeyError, ValueError):
+        prompt = ""
     if not isinstance(prompt, str) or name not in prompt:
-        raise InputError(f"templates[{index}]: expected {{}} for the class name, got {template!r} without")
+        raise InputError(f"templates[{index}]: expected one {{}} for the class name, got {value!r}")
     return fill

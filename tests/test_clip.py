@@ -79,6 +79,19 @@ def test_the_head_is_frozen_and_the_model_left_as_it_was(model):
     assert {name.partition(".")[0] for name, _ in classifier.named_parameters()} == {"encoder"}
 
 
+def test_the_text_tower_is_asked_in_evaluation_mode(model, monkeypatch):
+    seen, encode = [], model.encode_text
+
+    def watched(*args, **kwargs):
+        seen.append((model.training, torch.is_grad_enabled()))
+        return encode(*args, **kwargs)
+
+    monkeypatch.setitem(vars(model), "encode_text", watched)
+    model.train()
+    zero_shot_head(model, NAMES, TEMPLATES)
+    assert seen == [(False, False)]
+
+
 def test_a_tower_that_returns_tokens_too():
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -1,16 +1,4 @@
-r"""The jammer that does the most harm to the sum rate (P1 of R-MTLLMF), exactly.
-
-The optimum shares the eigenvectors of the received signal's covariance :math:`A = H P H^H`, and pours its power over
-the eigenvalues :math:`v_i` like water. In the variable :math:`t = 1/\nu - \sigma^2 - \sigma^4/v_{max}`, where
-:math:`\nu` is the Lagrange multiplier of the power constraint, the power on mode i is
-
-.. math:: c_i(t) = \frac{2 d_i}{2\sigma^2 + v_i + \sqrt{(2\sigma^2 + v_i)^2 + 4 d_i}}, \qquad
-          d_i = v_i \max\Bigl(0, t - \sigma^4\,\frac{v_{max} - v_i}{v_i v_{max}}\Bigr)
-
-which involves no difference of nearly equal numbers, however far the floor lies above the jammer. As a function of
-:math:`\nu` the sum of the :math:`c_i` is convex and decreasing, so Newton's method in :math:`\nu`, started at or left
-of the solution, approaches it monotonically; it is carried out on `t`.
-"""
+"""The jammer that does the most harm to the sum rate (P1 of R-MTLLMF), exactly."""
 
 from __future__ import annotations
 
@@ -21,13 +9,12 @@ import torch
 from torch import Tensor
 
 from .._arrays import Array, ArrayLike, Inputs, batch_shape, check_channel, powers
-from ..errors import ConvergenceError
+from ._water_filling import Modes, fill, modes
+from ._worst_case_gradient import Solution, WorstCaseFunction
 
 __all__ = ["WorstCase", "worst_case", "worst_case_covariance"]
 
-_EPS = torch.finfo(torch.float64).eps
-_ILL_CONDITIONED = 1e-8  # below this ratio of eigenvalues the Gram matrix has lost half the digits: use the SVD
-_MAX_STEPS = 100
+_CHUNK = 1024  # draws solved at once: their intermediate results stay in the cache, and memory is bounded
 
 
 @dataclass(frozen=True)
@@ -72,14 +59,15 @@ def worst_case(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike = 0.0
         A `WorstCase`. If all users are silent every `C` is optimal, and the white one is returned.
 
     Raises:
-        TypeError: `H` is real, another argument is not real numbers, or gradients are asked for (see Note).
+        TypeError: `H` is real, or another argument is not real numbers.
         ShapeError: shapes do not fit.
         InputError: a negative power; NonFiniteError: NaN or infinity.
         ConvergenceError: the iteration failed, which takes powers more than 150 orders of magnitude apart.
 
     Note:
-        The result carries no gradient. To differentiate the *rate* use the envelope theorem,
-        :math:`dR^*/dA = (C^* + \sigma^2 I + A)^{-1}` and :math:`dR^*/dP_N = -\nu`; detach the inputs first.
+        Gradients with respect to all four arguments are exact, at repeated eigenvalues too. Where `C` is not
+        differentiable they are one-sided (``P_N = 0``, a mode about to be jammed) or leave out an infinite part (a zero
+        eigenvalue without a floor, all users silent). Second derivatives are not available, and say so.
 
     Source: R-MTLLMF (P1), eq. 13 and 14, without the doubly counted power; Jorswieck and Boche, 2004.
 
@@ -91,11 +79,6 @@ def worst_case(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike = 0.0
         True
     """
     inputs = Inputs.of(H, "H", P, P_N, noise)
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (H, P, P_N, noise)):
-        raise TypeError(
-            "worst_case: gradients through the worst-case covariance are not available; detach H, P, P_N and noise, "
-            "or use the envelope theorem for the rate (see the documentation)"
-        )
     channel = inputs.complex(H, "H")
     check_channel(channel)
     power = powers(inputs.nonnegative(P, "P"), channel)
@@ -103,25 +86,17 @@ def worst_case(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike = 0.0
     batch = batch_shape(
         ("H", channel.shape[:-2]), ("P", power.shape[:-1]), ("P_N", jammer.shape), ("noise", floor.shape)
     )
-    v, U, total = _modes(channel, power)
-    total = total.expand(batch)
-    unit = torch.where(total > 0, total, 1.0)  # powers are around 1e-17 W: solve in units of the received power
-    v = v.expand(*batch, v.shape[-1])
-    c, level, steps = _water_filling(v, jammer / unit, floor / unit)
-    white = (jammer / channel.shape[-2]).expand(batch)
-    silent = total == 0
-    c = c * unit[..., None]
-    weighted = U * c[..., None, :]
-    C = weighted @ U.mH
-    C = 0.5 * (C + C.mH)
-    if bool(silent.any()):
-        eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
-        C = torch.where(silent[..., None, None], white[..., None, None] * eye, C)
-        level = torch.where(silent, 0.0, level)
-    below = c + floor.expand(batch)[..., None]
-    active = v > 0
-    rate = torch.where(active, torch.log1p(v * unit[..., None] / torch.where(active, below, 1.0)), 0.0).sum(-1)
-    return WorstCase(inputs.back(C), inputs.back(rate), inputs.back(level / unit), steps)
+    jammer, floor = jammer.expand(batch), floor.expand(batch)
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (channel, power, jammer, floor)):
+        channel = channel.expand(*batch, *channel.shape[-2:])
+        power = power.expand(*batch, power.shape[-1])
+        C, rate, level, steps = WorstCaseFunction.apply(channel, power, jammer, floor, _solve)
+    elif len(batch) == 1 and batch[0] > _CHUNK and power.shape[:-1] == channel.shape[:-2] == batch:
+        C, rate, level, steps = _in_chunks(channel, power, jammer, floor)
+    else:
+        C, rate, level, _, filling = _solve(channel, power, jammer, floor)
+        steps = filling.steps
+    return WorstCase(inputs.back(C), inputs.back(rate), inputs.back(level), steps)
 
 
 def worst_case_covariance(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike = 0.0) -> Any:
@@ -156,71 +131,32 @@ def worst_case_covariance(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: Arra
     return worst_case(H, P, P_N, noise=noise).covariance
 
 
-def _modes(H: Tensor, P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues of ``H P H^H`` in units of its trace (0 where they are rounding), eigenvectors, and the trace in W.
-
-    Goes through the smaller of the two Gram matrices: no zero eigenvalues appear when Q < N_R, and it is cheaper.
-    """
-    amplitude = H.abs().amax(dim=(-2, -1), keepdim=True)
-    strongest = P.amax(-1)[..., None, None]
-    amplitude = torch.where(amplitude > 0, amplitude, 1.0)
-    strongest = torch.where(strongest > 0, strongest, 1.0)
-    B = (H / amplitude) * (P[..., None, :] / strongest).sqrt()  # entries of at most 1: nothing over- or underflows
-    trace = B.abs().square().sum(dim=(-2, -1))
-    total = trace * amplitude[..., 0, 0].square() * strongest[..., 0, 0]
-    B = B / torch.where(trace > 0, trace, 1.0).sqrt()[..., None, None]
-    wide = B.shape[-1] >= B.shape[-2]
-    v, V = torch.linalg.eigh(B @ B.mH if wide else B.mH @ B)
-    v = v.clamp_min(0.0)
-    U = V if wide else (B @ V) / torch.where(v > 0, v, 1.0).sqrt()[..., None, :]
-    poor = v[..., 0] < _ILL_CONDITIONED * v[..., -1]
-    if bool(poor.any()):
-        left, s, _ = torch.linalg.svd(B[poor], full_matrices=False)
-        s = torch.where(s > max(B.shape[-2:]) * _EPS * s[..., :1], s, 0.0)
-        v[poor], U[poor] = s.square(), left
-    return v, U, total
+def _solve(H: Tensor, P: Tensor, P_N: Tensor, noise: Tensor) -> Solution:
+    """C, rate and level of one batch; `P_N` and `noise` have its full shape, `H` and `P` may lack leading ones."""
+    found = modes(H, P)
+    v = found.v.expand(*P_N.shape, found.v.shape[-1])
+    U = found.U.expand(*P_N.shape, *found.U.shape[-2:])
+    unit = found.unit.expand(P_N.shape)
+    floor = noise / unit
+    filling = fill(v, P_N / unit, floor)
+    C = (U * (filling.c * unit[..., None])[..., None, :]) @ U.mH
+    C = (C + C.mH).mul_(0.5)
+    silent = v[..., -1] == 0
+    if bool(silent.any()):
+        eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
+        C = torch.where(silent[..., None, None], (P_N / C.shape[-1])[..., None, None] * eye, C)
+    sigma = filling.c + floor[..., None]
+    rate = torch.where(v > 0, torch.log1p(v / torch.where(v > 0, sigma, 1.0)), 0.0).sum(-1)
+    level = torch.where(silent, 0.0, filling.level / unit)
+    return C, rate, level, Modes(v, U, unit), filling
 
 
-def _water_filling(v: Tensor, P_N: Tensor, s2: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The jammer's power on each mode, the multiplier, and the Newton steps; all in units of the signal's power."""
-    P_N, s2 = P_N.expand(v.shape[:-1]), s2.expand(v.shape[:-1])
-    present = v > 0
-    safe = torch.where(present, v, 1.0)
-    top = v.amax(-1)
-    top = torch.where(top > 0, top, 1.0)
-    # mode i is jammed from t = start_i on; the strongest from 0 on
-    start = torch.where(present, s2.square()[..., None] * (top[..., None] - v) / (safe * top[..., None]), torch.inf)
-    base = 2 * s2[..., None] + safe
-    shift = s2 + s2.square() / top  # 1/nu = t + shift
-
-    # two upper ends of the bracket: the strongest mode alone takes all, or all modes are equally strong
-    raised = P_N + present.sum(-1) * s2
-    sum_v = v.sum(-1)
-    equal = raised * (raised + sum_v) / torch.where(sum_v > 0, sum_v, 1.0)
-    t = torch.minimum(P_N * (P_N + 2 * s2 + top) / top, equal - shift + 8 * _EPS * (equal + shift))
-
-    steps = 0
-    work = (P_N > 0) & present.any(-1)
-    while bool(work.any()):
-        if steps == _MAX_STEPS:
-            raise ConvergenceError(
-                f"worst_case: no convergence for {int(work.sum())} of {work.numel()} batch items in {steps} Newton "
-                "steps; are the powers H, P, P_N and noise more than 150 orders of magnitude apart?"
-            )
-        steps += 1
-        gap = t[..., None] - start
-        d = v * gap.clamp_min(0.0)
-        root = (base.square() + 4 * d).sqrt()
-        c = 2 * d / (base + root)
-        excess = c.sum(-1) - P_N
-        slope = torch.where(gap >= 0, v / root, 0.0).sum(-1)
-        step = excess / slope
-        # Newton's step in nu, written in t
-        step = step / (1 + step / (t + shift))
-        t = torch.where(work, (t - step).clamp_min(0.0), t)
-        work = work & ~((step.abs() <= 4 * _EPS * t) | (excess.abs() <= 4 * _EPS * P_N))
-    d = v * (t[..., None] - start).clamp_min(0.0)
-    c = 2 * d / (base + (base.square() + 4 * d).sqrt())
-    c = torch.where(present & (P_N > 0)[..., None], c, 0.0)
-    t = torch.where(P_N > 0, t, 0.0)
-    return c, 1 / (t + shift), steps
+def _in_chunks(H: Tensor, P: Tensor, P_N: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """`_solve` for a long flat batch, into results made beforehand."""
+    C = H.new_empty(H.shape[0], H.shape[1], H.shape[1])
+    rate, level, steps = torch.empty_like(P_N), torch.empty_like(P_N), 0
+    for start in range(0, H.shape[0], _CHUNK):
+        part = slice(start, start + _CHUNK)
+        C[part], rate[part], level[part], _, filling = _solve(H[part], P[part], P_N[part], noise[part])
+        steps = max(steps, filling.steps)
+    return C, rate, level, steps

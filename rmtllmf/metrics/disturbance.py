@@ -105,8 +105,8 @@ def disturbance_test(
     variance = _variances(model, before, tolerated_variance)
     count = _batch_size(inputs)
     inputs = moved(inputs, device_of(model))
-    # leaves of their own, so that neither the model nor the caller's tensors see a gradient
-    clean = WithState(model, {**before, **{name: before[name].clone().requires_grad_() for name in variance}})
+    # detached by `state_of`: neither the model nor the caller's tensors see a gradient
+    clean = WithState(model, {**before, **{name: before[name].requires_grad_() for name in variance}})
     bent = WithState(model, after)
 
     z_u, z_d, sd = [], [], []

@@ -58,7 +58,7 @@ def disentangled(*, model=None, base=W, vectors=(W, W), tasks=None, **options):
     return lambda: weight_disentanglement_error(linear() if model is None else model, base, vectors, two, **options)
 
 
-def tested(undisturbed=W, disturbed=W, variance=1.0, inputs=X, **options):
+def disturbance(undisturbed=W, disturbed=W, variance=1.0, inputs=X, **options):
     return lambda: disturbance_test(linear(), undisturbed, disturbed, variance, inputs, **options)
 
 
@@ -186,9 +186,24 @@ ACCURACY = [
 VECTORS = [
     ("cosine_similarity: none", lambda: cosine_similarity([]), InputError, "vectors.*empty"),
     ("cosine_similarity: one bare", lambda: cosine_similarity(W), TypeError, "vectors.*sequence"),
-    ("cosine_similarity: zero", lambda: cosine_similarity([W, {k: 0 * v for k, v in W.items()}]), InputError, r"\[1\]: is all zero"),
-    ("cosine_similarity: NaN", lambda: cosine_similarity([changed(bias=torch.tensor([NAN, 0]))]), NonFiniteError, "bias"),
-    ("cosine_similarity: missing", lambda: cosine_similarity([W, without("bias")]), StateMismatchError, r"\[1\] lacks 'bias'"),
+    (
+        "cosine_similarity: zero",
+        lambda: cosine_similarity([W, {k: 0 * v for k, v in W.items()}]),
+        InputError,
+        r"\[1\]: is all zero",
+    ),
+    (
+        "cosine_similarity: NaN",
+        lambda: cosine_similarity([changed(bias=torch.tensor([NAN, 0]))]),
+        NonFiniteError,
+        "bias",
+    ),
+    (
+        "cosine_similarity: missing",
+        lambda: cosine_similarity([W, without("bias")]),
+        StateMismatchError,
+        r"\[1\] lacks 'bias'",
+    ),
     (
         "cosine_similarity: reshaped",
         lambda: cosine_similarity([W, changed(bias=torch.zeros(3))]),
@@ -200,7 +215,12 @@ VECTORS = [
     ("snr_db: missing", lambda: snr_db(W, without("bias")), StateMismatchError, "received lacks 'bias'"),
     ("snr_db: extra", lambda: snr_db(without("bias"), W), StateMismatchError, "unexpected 'bias'"),
     ("snr_db: reshaped", lambda: snr_db(W, changed(bias=torch.zeros(1))), StateMismatchError, r"received\['bias'\]"),
-    ("snr_db: infinite", lambda: snr_db(W, changed(bias=torch.tensor([INF, 0]))), NonFiniteError, r"received\['bias'\]"),
+    (
+        "snr_db: infinite",
+        lambda: snr_db(W, changed(bias=torch.tensor([INF, 0]))),
+        NonFiniteError,
+        r"received\['bias'\]",
+    ),
     ("snr_db: a tensor", lambda: snr_db(X, X), TypeError, "sent.*Tensor"),
 ]
 
@@ -228,22 +248,37 @@ DISENTANGLEMENT = [
 ]
 
 DISTURBANCE = [
-    ("disturbance_test: missing", tested(disturbed=without("bias")), StateMismatchError, "disturbed lacks 'bias'"),
-    ("disturbance_test: extra", tested(changed(x=X)), StateMismatchError, "undisturbed has the unexpected 'x'"),
-    ("disturbance_test: reshaped", tested(changed(bias=X)), StateMismatchError, r"undisturbed\['bias'\]"),
-    ("disturbance_test: unknown name", tested(variance={"wieght": 1.0}), InputError, "tolerated_variance: 'wieght'"),
-    ("disturbance_test: negative variance", tested(variance=-1.0), InputError, "tolerated_variance.*-1"),
-    ("disturbance_test: infinite variance", tested(variance={"bias": INF}), InputError, r"tolerated_variance\['bias'\]"),
-    ("disturbance_test: variance of a kind", tested(variance="small"), TypeError, "tolerated_variance.*str"),
-    ("disturbance_test: a variance each", tested(variance=torch.ones(2)), ShapeError, r"tolerated_variance.*\(2,\)"),
-    ("disturbance_test: alpha", tested(alpha=5), InputError, "alpha.*between 0 and 1.*5"),
-    ("disturbance_test: alpha 0", tested(alpha=0.0), InputError, "alpha"),
-    ("disturbance_test: method", tested(method="bootstrap"), InputError, "method: .*'exact'.*'bootstrap'"),
-    ("disturbance_test: no inputs", tested(inputs=X[:0]), InputError, "inputs.*empty"),
-    ("disturbance_test: no batch", tested(inputs=torch.tensor(1.0)), ShapeError, "inputs.*batch dimension"),
-    ("disturbance_test: unequal batches", tested(inputs=(X, X[:2])), ShapeError, r"inputs.*\(3, 2\), \(2, 2\)"),
-    ("disturbance_test: inputs of a kind", tested(inputs="x"), TypeError, "inputs.*str"),
-    ("disturbance_test: infinite logits", tested(inputs=X * INF), NonFiniteError, "logits"),
+    ("disturbance_test: missing", disturbance(disturbed=without("bias")), StateMismatchError, "disturbed lacks 'bias'"),
+    ("disturbance_test: extra", disturbance(changed(x=X)), StateMismatchError, "undisturbed has the unexpected 'x'"),
+    ("disturbance_test: reshaped", disturbance(changed(bias=X)), StateMismatchError, r"undisturbed\['bias'\]"),
+    (
+        "disturbance_test: unknown name",
+        disturbance(variance={"wieght": 1.0}),
+        InputError,
+        "tolerated_variance: 'wieght'",
+    ),
+    ("disturbance_test: negative variance", disturbance(variance=-1.0), InputError, "tolerated_variance.*-1"),
+    (
+        "disturbance_test: infinite variance",
+        disturbance(variance={"bias": INF}),
+        InputError,
+        r"tolerated_variance\['bias'\]",
+    ),
+    ("disturbance_test: variance of a kind", disturbance(variance="small"), TypeError, "tolerated_variance.*str"),
+    (
+        "disturbance_test: a variance each",
+        disturbance(variance=torch.ones(2)),
+        ShapeError,
+        r"tolerated_variance.*\(2,\)",
+    ),
+    ("disturbance_test: alpha", disturbance(alpha=5), InputError, "alpha.*between 0 and 1.*5"),
+    ("disturbance_test: alpha 0", disturbance(alpha=0.0), InputError, "alpha"),
+    ("disturbance_test: method", disturbance(method="bootstrap"), InputError, "method: .*'exact'.*'bootstrap'"),
+    ("disturbance_test: no inputs", disturbance(inputs=X[:0]), InputError, "inputs.*empty"),
+    ("disturbance_test: no batch", disturbance(inputs=torch.tensor(1.0)), ShapeError, "inputs.*batch dimension"),
+    ("disturbance_test: unequal batches", disturbance(inputs=(X, X[:2])), ShapeError, r"inputs.*\(3, 2\), \(2, 2\)"),
+    ("disturbance_test: inputs of a kind", disturbance(inputs="x"), TypeError, "inputs.*str"),
+    ("disturbance_test: infinite logits", disturbance(inputs=X * INF), NonFiniteError, "logits"),
     (
         "disturbance_test: no logits",
         lambda: disturbance_test(nn.Flatten(0), {}, {}, 1.0, X),
@@ -292,7 +327,12 @@ CLIP = [
 PLOT = [
     ("similarity_heatmap: a row", lambda: plot.similarity_heatmap([1.0, 0.5]), ShapeError, r"square.*\(2,\)"),
     ("similarity_heatmap: not square", lambda: plot.similarity_heatmap(X), ShapeError, r"square.*\(3, 2\)"),
-    ("similarity_heatmap: names", lambda: plot.similarity_heatmap(torch.eye(2), ["a"]), ShapeError, "names.*2 rows, got 1"),
+    (
+        "similarity_heatmap: names",
+        lambda: plot.similarity_heatmap(torch.eye(2), ["a"]),
+        ShapeError,
+        "names.*2 rows, got 1",
+    ),
     ("similarity_heatmap: NaN", lambda: plot.similarity_heatmap([[NAN]]), NonFiniteError, "similarity"),
     ("similarity_heatmap: no cosines", lambda: plot.similarity_heatmap([[7.0]]), InputError, "between -1 and 1.*7"),
     ("similarity_heatmap: words", lambda: plot.similarity_heatmap([["a"]]), TypeError, "similarity"),
@@ -300,7 +340,12 @@ PLOT = [
     ("fusion_chart: no rows", lambda: plot.fusion_chart([]), InputError, "rows.*none"),
     ("fusion_chart: one row bare", lambda: plot.fusion_chart(ROW), TypeError, "rows.*dict"),
     ("fusion_chart: no mapping", lambda: plot.fusion_chart([3]), TypeError, r"rows\[0\].*int"),
-    ("fusion_chart: no mean", lambda: plot.fusion_chart([{"condition": "ideal", "method": "both"}]), InputError, "lacks mean"),
+    (
+        "fusion_chart: no mean",
+        lambda: plot.fusion_chart([{"condition": "ideal", "method": "both"}]),
+        InputError,
+        "lacks mean",
+    ),
     ("fusion_chart: condition", charted(condition="idle"), InputError, "condition is 'idle'.*'ideal'"),
     ("fusion_chart: method", charted(method="all"), InputError, "method is 'all'.*'both'"),
     ("fusion_chart: base under attack", charted(method="base"), InputError, "method is 'base'"),

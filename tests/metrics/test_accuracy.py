@@ -27,7 +27,7 @@ def test_every_sample_counts_the_same(batches):
 
 
 class Moody(nn.Module):
-    """Predicts class 0 in evaluation mode and class 1 in training mode."""
+    """Predicts class 1 in evaluation mode and class 0 in training mode."""
 
     def __init__(self):
         super().__init__()
@@ -35,13 +35,13 @@ class Moody(nn.Module):
 
     def forward(self, x):
         assert not torch.is_grad_enabled()
-        return torch.eye(2)[[int(self.training)] * len(x)]
+        return torch.eye(2)[[int(not self.training)] * len(x)]
 
 
 def test_evaluation_mode_and_back():
-    model, head = Moody(), nn.Sequential(nn.Dropout(0.99), nn.Identity())
+    model, head = Moody(), nn.Sequential(nn.Dropout(1.0), nn.Identity())
     model.inner.eval()
-    batches = [(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))]
+    batches = [(torch.zeros(3, 1), torch.ones(3, dtype=torch.int64))]
     assert accuracy(model, batches, head=head) == 1
     assert (model.training, model.inner.training, head.training, head[0].training) == (True, False, True, True)
     with pytest.raises(TypeError):

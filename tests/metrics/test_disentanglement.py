@@ -22,7 +22,8 @@ def setting():
         heads = [nn.Linear(6, classes) for classes in (3, 4, 5)]
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     vectors = [
-        {name: 0.1 * gaussian(*tensor.shape, seed=31 * k + len(name)) for name, tensor in base.items()} for k in range(3)
+        {name: 0.1 * gaussian(*tensor.shape, seed=31 * k + len(name)) for name, tensor in base.items()}
+        for k in range(3)
     ]
     tasks = {
         name: (head, [(gaussian(size, 3, 8, 8, seed=9 * k + size), torch.zeros(size)) for size in (20, 7)])

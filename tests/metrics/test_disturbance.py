@@ -72,12 +72,15 @@ LOGITS, DRAWS, ALPHA = 1000, 4, 0.05
 def rate(factor, seed):
     """Share of rejections over independent logits of a linear model, whose weights have `factor` times the variance."""
     model = nn.Linear(6, LOGITS)
-    before = {name: gaussian(*tensor.shape, seed=seed, dtype=torch.float32) for name, tensor in model.state_dict().items()}
+    before = {
+        name: gaussian(*tensor.shape, seed=seed, dtype=torch.float32) for name, tensor in model.state_dict().items()
+    }
     tolerated = {"weight": 0.04, "bias": 0.01}
     count = 0
     for draw in range(DRAWS):
         after = {
-            name: tensor + (factor * tolerated[name]) ** 0.5 * gaussian(*tensor.shape, seed=seed + 10 * draw + k).float()
+            name: tensor
+            + (factor * tolerated[name]) ** 0.5 * gaussian(*tensor.shape, seed=seed + 10 * draw + k).float()
             for k, (name, tensor) in enumerate(before.items(), 1)
         }
         x = gaussian(1, 6, seed=seed + 1000 * draw, dtype=torch.float32)
@@ -128,6 +131,13 @@ def test_the_model_is_left_alone():
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(ValueError, match="running_mean"):
         disturbance_test(model, model, other, {"1.running_mean": 1.0}, gaussian(3, 4))
+
+
+def test_the_callers_tensors_are_left_alone():
+    model = mlp()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    disturbance_test(model, state, state, 1e-3, gaussian(2, 4))
+    assert not any(tensor.requires_grad or tensor.grad is not None for tensor in state.values())
 
 
 def test_tied_entries_count_once_under_either_name():

@@ -34,7 +34,15 @@ HF_TEXT = {
     "pad_token_id": 0,
 }
 TIMM = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
-GPT2 = {"vocab_size": 20, "n_positions": 8, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = {
+    "vocab_size": 20,
+    "n_positions": 8,
+    "n_embd": 16,
+    "n_layer": 1,
+    "n_head": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 T5 = {"vocab_size": 20, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
 
 OPEN_CLIP_VISION = {"class_embedding", "positional_embedding", "conv1.weight"}
@@ -81,12 +89,8 @@ def clip_layers(prefix):
     return projections(f"{prefix}encoder.layers.0.self_attn.", ("q_proj", "k_proj", "v_proj", "out_proj"))
 
 
-BERT_ATTENTION = projections(
-    "encoder.layer.0.attention.", ("self.query", "self.key", "self.value", "output.dense")
-)
-LLAMA_ATTENTION = projections(
-    "model.layers.0.self_attn.", ("q_proj", "k_proj", "v_proj", "o_proj"), bias=False
-)
+BERT_ATTENTION = projections("encoder.layer.0.attention.", ("self.query", "self.key", "self.value", "output.dense"))
+LLAMA_ATTENTION = projections("model.layers.0.self_attn.", ("q_proj", "k_proj", "v_proj", "o_proj"), bias=False)
 T5_ATTENTION = {
     f"{block}.block.0.layer.{layer}.{kind}.{part}.weight"
     for block, layer, kind in (
@@ -272,9 +276,7 @@ def test_half_precision_counts_and_integers_do_not(case):
 VIT_ATTENTION = (
     projections("layers.0.attention.", ("q_proj", "k_proj", "v_proj", "o_proj")),
     projections("encoder.layer.0.attention.", ("q_proj", "k_proj", "v_proj", "o_proj")),
-    projections(
-        "encoder.layer.0.attention.", ("attention.query", "attention.key", "attention.value", "output.dense")
-    ),
+    projections("encoder.layer.0.attention.", ("attention.query", "attention.key", "attention.value", "output.dense")),
 )
 
 
@@ -331,7 +333,12 @@ def test_a_stem_counts_only_beside_a_class_embedding():
 
 
 def test_masks_and_rotary_tables_are_no_attention_projections():
-    names = ["h.0.attn.bias", "h.0.attn.masked_bias", "layers.0.self_attn.rotary_emb.inv_freq", "blocks.0.attn.norm.weight"]
+    names = [
+        "h.0.attn.bias",
+        "h.0.attn.masked_bias",
+        "layers.0.self_attn.rotary_emb.inv_freq",
+        "blocks.0.attn.norm.weight",
+    ]
     assert attention_keys({name: torch.ones(2) for name in names}) == ()
 
 

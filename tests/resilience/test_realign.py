@@ -224,7 +224,10 @@ def test_flags_gradients_and_modes_are_left_as_they_were(how):
 
 def test_a_loss_that_is_not_finite_names_step_and_task_and_changes_nothing():
     model, tasks = encoder(), two_tasks()
-    tasks["b"] = (tasks["b"][0], [*tasks["b"][1][:1], (torch.full((5, 4), math.nan), torch.zeros(5, dtype=torch.int64))])
+    tasks["b"] = (
+        tasks["b"][0],
+        [*tasks["b"][1][:1], (torch.full((5, 4), math.nan), torch.zeros(5, dtype=torch.int64))],
+    )
     once = copy.deepcopy(model)
     realign(once, two_tasks(), steps=1, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     with pytest.raises(NonFiniteError, match=r"task 'b' is nan in step 1"):
