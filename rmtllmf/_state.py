@@ -192,8 +192,8 @@ def finite_number(value: object, argument: str, *, positive: bool = False) -> fl
     if isinstance(value, bool | str) or not (isinstance(value, int | float) or hasattr(value, "__float__")):
         raise TypeError(f"{argument}: expected a number, got {type(value).__name__}")
     if getattr(value, "ndim", 0):
-        raise ShapeError(f"{argument}: expected one number, got an array of shape {tuple(value.shape)}")
-    number = float(value)  # type: ignore[arg-type]
+        raise ShapeError(f"{argument}: expected one number, got an array of shape {tuple(getattr(value, 'shape', ()))}")
+    number = float(value)
     if not math.isfinite(number) or (positive and number <= 0):
         raise InputError(f"{argument}: expected a {'positive ' if positive else ''}finite number, got {number}")
     return number
