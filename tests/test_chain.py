@@ -45,7 +45,7 @@ def quickstart():
 
 
 def test_quickstart_in_a_reduced_form(quickstart, tmp_path, capsys):
-    """Three tasks, few images and steps: the table is complete and right in form, redrawn from the cache, and redone."""
+    """Three tasks, few images and steps: the table is complete and in form, redrawn from the cache, and redone."""
     protocol = quickstart.Protocol(
         tasks=quickstart.TASKS[:3],
         images=120,

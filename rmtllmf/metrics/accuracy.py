@@ -37,7 +37,7 @@ def accuracy(model: nn.Module, batches: Batches, *, head: Head | None = None) ->
         InputError: no batch. ShapeError: logits or targets of another shape. NonFiniteError: NaN among the logits.
         TypeError: batches that are no pairs, targets that are no integers.
 
-    Source: R-MTLLMF, section V.
+    Source: R-MTLLMF, section IV.
 
     Example:
         >>> import torch
@@ -87,7 +87,7 @@ def normalized_accuracy(
             number.
         TypeError: a mapping beside a sequence, or no numbers.
 
-    Source: R-MTLLMF, section V; Ilharco et al., 2023, section 4.2.
+    Source: R-MTLLMF, section IV; Ilharco et al., 2023, section 4.2.
 
     Example:
         >>> normalized_accuracy({"mnist": 0.5, "svhn": 0.9}, {"mnist": 1.0, "svhn": 0.9})

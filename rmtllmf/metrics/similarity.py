@@ -33,7 +33,7 @@ def cosine_similarity(vectors: Sequence[Tensors]) -> Tensor:
         InputError: no vectors, or one that is all zero. StateMismatchError: keys or shapes disagree.
         NonFiniteError: NaN or infinity. TypeError: not mappings, or complex entries.
 
-    Source: Ilharco et al., "Editing models with task arithmetic", 2023, figure 5; R-MTLLMF, section V.
+    Source: Ilharco et al., "Editing models with task arithmetic", 2023, figure 5; R-MTLLMF, figures 3 and 4.
 
     Example:
         >>> import torch

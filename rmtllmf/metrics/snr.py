@@ -32,7 +32,7 @@ def snr_db(sent: StateLike, received: StateLike) -> float:
         InputError: everything sent is zero, or nothing is floating-point. StateMismatchError: keys or shapes disagree.
         NonFiniteError: NaN or infinity.
 
-    Source: R-MTLLMF, section V (the SNRs reported beside the MSEs).
+    Source: R-MTLLMF, section IV (the SNRs reported beside the MSEs).
 
     Example:
         >>> import torch

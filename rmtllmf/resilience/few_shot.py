@@ -41,7 +41,7 @@ def few_shot(dataset: Dataset[Any], shots: int = 10, *, seed: Seed) -> Subset[An
         InputError: `shots` below 1, no sample at all, or classes with fewer than `shots` samples (they are named).
         TypeError: no map-style dataset, or labels that are no classes.
 
-    Source: R-MTLLMF, section V (10 samples a class).
+    Source: R-MTLLMF, section IV (10 samples a class).
 
     Example:
         >>> import torch

@@ -74,7 +74,7 @@ def resilient_fusion(
         StateMismatchError: model, base and received vectors do not fit together.
         NonFiniteError: a loss that is not finite; the model is left fused and restored, as of the step before.
 
-    Source: R-MTLLMF, section IV.
+    Source: R-MTLLMF, section III.
 
     Example:
         >>> import torch

@@ -68,7 +68,7 @@ def embedding_keys(model_or_state: StateLike) -> tuple[str, ...]:
     Raises:
         TypeError: neither a module nor a mapping of name -> tensor nor a path.
 
-    Source: R-MTLLMF, section IV (the embedding layers are frozen and restored).
+    Source: R-MTLLMF, section III (the embedding layers are frozen and restored).
 
     Example:
         >>> from torch import nn
@@ -106,7 +106,7 @@ def attention_keys(model_or_state: StateLike) -> tuple[str, ...]:
     Raises:
         TypeError: neither a module nor a mapping of name -> tensor nor a path.
 
-    Source: R-MTLLMF, section IV (which layers suffer most under noise).
+    Source: R-MTLLMF, section III (fine-tuning mostly affects the self-attention layers).
 
     Example:
         >>> from torch import nn

@@ -92,7 +92,7 @@ def realign(
         NonFiniteError: a loss that is not finite, before the step is taken; it names the step and the task.
         ShapeError: the loss is not one number.
 
-    Source: R-MTLLMF, section IV, step "realignment" (few-shot fine-tuning with frozen embeddings).
+    Source: R-MTLLMF, section III, step "realignment" (few-shot fine-tuning with frozen embeddings).
 
     Example:
         >>> import torch

@@ -31,7 +31,7 @@ def restore(state: StateLike, base: StateLike, keys: str | Iterable[str]) -> dic
         InputError: a pattern matches nothing.
         StateMismatchError: a key is missing in `base`, or has another shape or dtype there.
 
-    Source: R-MTLLMF, section IV, step "reload the frozen parameters".
+    Source: R-MTLLMF, section III, step "reload the frozen parameters".
 
     Example:
         >>> import torch
