@@ -16,7 +16,7 @@ from helpers.import_rules import MAY_IMPORT, violations
 ROOT = Path(__file__).resolve().parents[1]
 FOUR = "rmtllmf, rmtllmf.channel, rmtllmf.taskvec, rmtllmf.resilience, rmtllmf.metrics"
 PARTS = ("channel", "taskvec", "resilience", "metrics", "clip", "plot", "errors")
-HEAVY = ("open_clip", "torchvision", "timm", "transformers", "matplotlib", "scipy")
+HEAVY = ("open_clip", "torchvision", "timm", "transformers", "matplotlib", "scipy", "sionna")
 
 
 def in_fresh_python(code, *, path=()):
@@ -139,6 +139,17 @@ PLANTED = {
     "open_clip": ("resilience/x.py", "def f():\n    import open_clip", "only clip may import open_clip"),
     "torchvision": ("plot.py", "from torchvision.transforms import v2", "only clip may import torchvision"),
     "matplotlib": ("metrics/x.py", "import matplotlib.pyplot as plt", "only plot may import matplotlib"),
+    "sionna": ("clip.py", "import sionna.phy", "only channel/sionna may import sionna"),
+    "sionna in the same part": (
+        "channel/x.py",
+        "from importlib import import_module\nimport_module('sionna.phy')",
+        "only channel/sionna may import sionna",
+    ),
+    "sionna in a file of the same name": (
+        "metrics/sionna.py",
+        "from sionna import phy",
+        "only channel/sionna may import sionna",
+    ),
     "pickle": ("taskvec/x.py", "from pickle import loads", "nothing in the library may import pickle"),
     "examples": ("clip.py", "import testbed", "nothing in the library may import testbed"),
     "torch.load": ("clip.py", "import torch\ntorch.load('x')", "torch.load without weights_only=True"),
@@ -168,6 +179,7 @@ def test_the_checker_finds_a_planted_violation(tmp_path, file, code, message):
 def test_the_checker_allows_what_is_allowed(tmp_path):
     for file, code in {
         "channel/x.py": "from .._arrays import a\nfrom ..errors import InputError\nfrom . import y\nimport torch",
+        "channel/sionna.py": "def f():\n    import sionna.phy",
         "resilience/x.py": "from ..taskvec import TaskVector\nfrom rmtllmf import __version__, metrics",
         "clip.py": "import open_clip, torchvision, torch\ntorch.load('x', weights_only=True)",
         "plot.py": "def f():\n    import matplotlib.pyplot as plt\nfrom .metrics import snr_db",

@@ -90,8 +90,8 @@ def sic(
     """
     inputs = Inputs.of(H, "H", P, C, designed_for)
     B, noise, eps = received(inputs, H, P, C)
-    sequence = _decoding_order(inputs, order, B)
-    seen = _design(inputs, B, noise, designed_for, eps)
+    sequence = decoding_order(inputs, order, B)
+    seen = design_noise(inputs, B, noise, designed_for, eps)
     F, W = sic_filters(seen, sequence)
     return _reception(inputs, F, W, None if designed_for is None else noise, sequence.expand(*F.shape[:-2], -1))
 
@@ -128,12 +128,12 @@ def lmmse(H: Array, P: ArrayLike, C: Array, *, designed_for: Array | None = None
     """
     inputs = Inputs.of(H, "H", P, C, designed_for)
     B, noise, eps = received(inputs, H, P, C)
-    seen = _design(inputs, B, noise, designed_for, eps)
+    seen = design_noise(inputs, B, noise, designed_for, eps)
     F, W = linear_filters(seen)
     return _reception(inputs, F, W, None if designed_for is None else noise, None)
 
 
-def _design(inputs: Inputs, B: Tensor, noise: Tensor, designed_for: Array | None, eps: float) -> Whitened:
+def design_noise(inputs: Inputs, B: Tensor, noise: Tensor, designed_for: Array | None, eps: float) -> Whitened:
     if designed_for is None:
         return whiten(B, noise, "C", eps)
     design = inputs.complex(designed_for, "designed_for", real_too=True)
@@ -143,7 +143,7 @@ def _design(inputs: Inputs, B: Tensor, noise: Tensor, designed_for: Array | None
     return whiten(B, design, "designed_for", eps)
 
 
-def _decoding_order(inputs: Inputs, order: str | Array, B: Tensor) -> Tensor:
+def decoding_order(inputs: Inputs, order: str | Array, B: Tensor) -> Tensor:
     users = B.shape[-1]
     if isinstance(order, str):
         ascending = B.detach().abs().square().sum(-2).sort(dim=-1, stable=True).indices

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .._arrays import ArrayLike
 from .._random import Seed, reseed, seed_number
-from .._state import Tensors, check_same_states, identity, is_bendable
-from ..errors import InputError, StateMismatchError
+from .._state import Tensors
+from ..errors import InputError
 from ._link import ESTIMATORS, Link, link_of
 from ._scale import scales
+from ._stream import Stream, check_blocks, fading_parts
 from .receivers import Reception
 
 __all__ = ["transmit"]
@@ -81,103 +82,42 @@ def transmit(
         >>> round(snr_db(sent[0], received[0])), round(snr_db(sent[1], received[1]))
         (20, 10)
     """
-    keys = check_same_states(vectors, "vectors")
+    stream = Stream.of(vectors)
     if estimator not in ESTIMATORS:
         raise InputError(f"estimator: expected one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}")
-    bent_keys, alias = _what_is_sent(vectors, keys)
     link = link_of(reception, len(vectors), estimator)
-    scale_of = [scales(vector, bent_keys, scale, f"vectors[{q}]") for q, vector in enumerate(vectors)]
-    received = _bend(vectors, bent_keys, link, scale_of, seed_number(seed))
-    for bent in received:
-        bent.update({key: bent[original] for key, original in alias.items()})
-    return [_like(vector, bent) for vector, bent in zip(vectors, received, strict=True)]
+    scale_of = [scales(vector, stream.keys, scale, f"vectors[{q}]") for q, vector in enumerate(vectors)]
+    check_blocks(link.blocks, (stream.length + 1) // 2, "reception")
+    return stream.rebuilt(_bend(stream, link, scale_of, seed_number(seed)))
 
 
-def _what_is_sent(vectors: Sequence[Tensors], keys: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The keys that go over the air, and the others that are tied to one of them in every vector: sent once."""
-    sent: dict[Hashable, str] = {}
-    alias: dict[str, str] = {}
-    for key in keys:
-        bendable = is_bendable(key, vectors[0][key])
-        for q, vector in enumerate(vectors):
-            if is_bendable(key, vector[key]) != bendable:
-                raise StateMismatchError(
-                    f"vectors[{q}][{key!r}] is {vector[key].dtype}; vectors[0] has {vectors[0][key].dtype}"
-                )
-        if bendable:
-            memory = tuple(identity(vector[key]) for vector in vectors)
-            if memory in sent:
-                alias[key] = sent[memory]
-            else:
-                sent[memory] = key
-    return list(sent.values()), alias
-
-
-def _like(vector: Tensors, bent: Mapping[str, Tensor]) -> Any:
-    """`bent` in the shape of `vector`: through its own `map` if it has one (a TaskVector), else a dict."""
-    if hasattr(vector, "map"):
-        return vector.map(lambda key, tensor: bent.get(key, tensor))
-    return {key: bent.get(key, tensor) for key, tensor in vector.items()}
-
-
-def _bend(
-    vectors: Sequence[Tensors], keys: Sequence[str], link: Link, scale_of: Sequence[Mapping[str, float]], seed: int
-) -> list[dict[str, Tensor]]:
-    if not keys:
-        return [{} for _ in vectors]
-    first = vectors[0]
-    device = first[keys[0]].device
-    sizes = [first[key].numel() for key in keys]
-    total = sum(sizes)
-    symbols = (total + 1) // 2
-    if link.blocks > max(1, symbols):
-        raise InputError(f"reception: {link.blocks} blocks are more than the {symbols} symbols of a vector")
-    double = any(vector[key].dtype == torch.float64 for vector in vectors for key in keys)
-    dtype = torch.float64 if double else torch.float32
-    flat = [{key: vector[key].reshape(-1) for key in keys} for vector in vectors]
+def _bend(stream: Stream, link: Link, scale_of: Sequence[Mapping[str, float]], seed: int) -> list[dict[str, Tensor]]:
+    users, symbols, dtype = len(stream.vectors), (stream.length + 1) // 2, stream.dtype
+    flat = stream.flat()
     out = [{key: torch.empty_like(part) for key, part in parts.items()} for parts in flat]
-    source = torch.Generator(device=device)
-    buffers = [torch.empty(_CHUNK, dtype=dtype, device=device) for _ in vectors]
-    position = 0  # of the tensor in the stream of coefficients
-    tensors = iter(zip(keys, sizes, strict=True))
-    key, size = next(tensors)
-    for start in range(0, total, _CHUNK):
-        length = min(_CHUNK, total - start + total % 2)
+    source = torch.Generator(device=stream.device)
+    buffers = [torch.empty(_CHUNK, dtype=dtype, device=stream.device) for _ in range(users)]
+    for start in range(0, stream.length, _CHUNK):
+        stop = min(start + _CHUNK, stream.length)
         if link.differentiable:  # autograd needs the noise again
             buffers = [torch.empty_like(buffer) for buffer in buffers]
-        streams = [buffer[:length] for buffer in buffers]
-        for q, stream in enumerate(streams):
+        white = [buffer[: stop - start + (stop - start) % 2] for buffer in buffers]
+        for q, part in enumerate(white):
             reseed(source, seed, q, start // _CHUNK)
-            stream.normal_(generator=source)
-        for block, low, high in _parts(start, min(start + length, total), symbols, link.blocks):
-            noise = [_mixed(link, block, q, streams, low - start, high - start) for q in range(len(vectors))]
-            at = low
-            while at < high:
-                while at >= position + size:
-                    position += size
-                    key, size = next(tensors)
-                end = min(high, position + size)
-                where, cut = slice(at - position, end - position), slice(at - low, end - low)
-                for q in range(len(vectors)):
-                    sent = flat[q][key][where].to(dtype)
-                    gain = link.gain[block][q]
-                    kept = sent if gain is None else sent * gain.to(dtype)
-                    error = noise[q]
+            part.normal_(generator=source)
+        for block, first, end in fading_parts(start // 2, (stop + 1) // 2, symbols, link.blocks):
+            low, high = 2 * first, min(2 * end, stop)
+            noise = [_mixed(link, block, q, white, low - start, high - start) for q in range(users)]
+            for key, where, cut in stream.pieces(low, high):
+                for q in range(users):
+                    kept = flat[q][key][where].to(dtype)
+                    gain, error = link.gain[block][q], noise[q]
+                    if gain is not None:
+                        kept = kept * gain.to(dtype)
                     if error is not None:
                         kept = kept + error[cut] * scale_of[q][key]
                     out[q][key][where] = kept
-                at = end
-    return [{key: out[q][key].view(first[key].shape) for key in keys} for q in range(len(vectors))]
-
-
-def _parts(start: int, stop: int, symbols: int, blocks: int) -> Iterator[tuple[int, int, int]]:
-    """(block, start, stop) of the pieces of coefficients [start, stop) that lie in one fading block each."""
-    at = start
-    while at < stop:
-        block = (at // 2) * blocks // symbols
-        end = min(stop, 2 * -(-(block + 1) * symbols // blocks))
-        yield block, at, end
-        at = end
+    return out
 
 
 def _mixed(link: Link, block: int, q: int, streams: Sequence[Tensor], low: int, high: int) -> Tensor | None:

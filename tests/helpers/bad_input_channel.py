@@ -9,7 +9,9 @@ from rmtllmf.channel import (
     Uplink,
     UplinkScenario,
     barrage_covariance,
+    imperfect_channel,
     lmmse,
+    min_max_rate_covariance,
     sic,
     strongest_user_covariance,
     sum_rate,
@@ -38,6 +40,7 @@ def every_jammer():
     doors = {
         "worst_case": lambda H=H, P=1.0, P_N=1.0: worst_case(H, P, P_N),
         "worst_case_covariance": lambda H=H, P=1.0, P_N=1.0: worst_case_covariance(H, P, P_N),
+        "min_max_rate": lambda H=H, P=1.0, P_N=1.0: min_max_rate_covariance(H, P, P_N),
         "strongest_user": lambda H=H, P=1.0, P_N=1.0: strongest_user_covariance(H, P, P_N),
     }
     for name, call in doors.items():
@@ -114,6 +117,10 @@ def every_receiver():
 
 
 CASES = [
+    ("min_max: order", lambda: min_max_rate_covariance(H, 1.0, 1.0, order="fastest"), InputError, "order: .*'fastest'"),
+    ("imperfect: error", lambda: imperfect_channel(H, 1.5, seed=0), InputError, "error: .*between 0 and 1, got 1.5"),
+    ("imperfect: shape", lambda: imperfect_channel(H, [0.1, 0.2], seed=0), InputError, r"error: shape \(2,\)"),
+    ("imperfect: real H", lambda: imperfect_channel(H.real, 0.1, seed=0), TypeError, "H: expected complex"),
     *every_jammer(),
     *every_receiver(),
     ("worst_case: negative noise", lambda: worst_case(H, 1.0, 1.0, noise=-1e-3), InputError, "noise: .*-0.001"),

@@ -90,3 +90,24 @@ def assert_covariance(samples_a, samples_b, expected, z=5.0):
     error = np.sqrt((np.abs(products) ** 2).mean(-1) / products.shape[-1])
     worst = np.max(np.abs(mean - expected) - z * error)
     assert worst <= 1e-12, f"off by {worst:.2e} more than {z} standard errors"
+
+
+def min_max_rate_by_cvxpy(H, P, P_N, noise, order):
+    """min over C of the largest SIC rate: b^H X^-1 b <= u is a Schur complement, in the real embedding."""
+    import cvxpy as cp
+
+    B = H * np.sqrt(P)
+    antennas, users = B.shape
+
+    def embed(matrix):
+        return np.block([[matrix.real, -matrix.imag], [matrix.imag, matrix.real]])
+
+    C, u = cp.Variable((2 * antennas, 2 * antennas), symmetric=True), cp.Variable()
+    constraints = [C >> 0, cp.trace(C) <= 2 * P_N]
+    for step, q in enumerate(order):
+        later = [embed(B[:, [j]]) for j in order[step + 1 :]]
+        X = C + noise * np.eye(2 * antennas) + sum(column @ column.T for column in later)
+        b = embed(B[:, [q]])
+        constraints.append(cp.bmat([[X, b], [b.T, u * np.eye(2)]]) >> 0)
+    cp.Problem(cp.Minimize(u), constraints).solve(solver=cp.CLARABEL)
+    return np.log1p(u.value)

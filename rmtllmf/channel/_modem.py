@@ -1,0 +1,169 @@
+"""From coefficients to symbols and back: the analog and the digital way, for one chunk of the stream at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .._state import Tensors, inner_product
+from ..errors import InputError, NonFiniteError
+from ._front_end import Decide, FrontEnd
+from ._stream import Stream
+from .constellation import Constellation
+from .quantiser import Quantiser
+
+DECISIONS = ("hard", "soft")
+
+Out: TypeAlias = Sequence[dict[str, Tensor]]
+
+
+class Modem(Protocol):
+    """What `transmit_symbols` needs of either way."""
+
+    @property
+    def chunk(self) -> int:
+        """Coefficients that fill whole symbols."""
+
+    def symbols(self, coefficients: int) -> int:
+        """How many symbols so many coefficients need."""
+
+    def modulate(self, start: int, stop: int) -> Tensor:
+        """(Q, n) symbols of coefficients [start, stop) of all users."""
+
+    def decider(self, end: FrontEnd) -> Decide:
+        """What a receiver subtracts that does not know the truth."""
+
+    def demodulate(self, start: int, stop: int, estimates: Tensor, noise: Tensor, out: Out) -> None:
+        """Write coefficients [start, stop) from unbiased estimates (Q, n) with believed error powers (Q, n)."""
+
+
+@dataclass(frozen=True)
+class AnalogModem:
+    """Two coefficients a symbol, divided by their scale."""
+
+    stream: Stream
+    flat: Sequence[Mapping[str, Tensor]]
+    scale_of: Sequence[Mapping[str, float]]
+    chunk: int = 1 << 16
+
+    def symbols(self, coefficients: int) -> int:
+        """Half as many, rounded up."""
+        return -(-coefficients // 2)
+
+    def modulate(self, start: int, stop: int) -> Tensor:
+        """As the class says."""
+        count = self.symbols(stop - start)
+        real = torch.zeros(len(self.flat), 2 * count, dtype=self.stream.dtype, device=self.stream.device)
+        for key, where, cut in self.stream.pieces(start, stop):
+            for q, parts in enumerate(self.flat):
+                real[q, cut] = parts[key][where].to(real.dtype) / (math.sqrt(2) * self.scale_of[q][key])
+        return torch.view_as_complex(real.view(len(self.flat), count, 2))
+
+    def decider(self, end: FrontEnd) -> Decide:
+        """The linear estimate itself, shrunk as the receiver would: nothing is decided."""
+        return lambda q, estimate: estimate * end.gain[q].to(estimate.real.dtype)
+
+    def demodulate(self, start: int, stop: int, estimates: Tensor, noise: Tensor, out: Out) -> None:
+        """As the class says."""
+        real = torch.view_as_real(estimates).flatten(-2)
+        for key, where, cut in self.stream.pieces(start, stop):
+            for q, parts in enumerate(out):
+                parts[key][where] = (real[q, cut] * (math.sqrt(2) * self.scale_of[q][key])).to(parts[key].dtype)
+
+
+@dataclass(frozen=True)
+class DigitalModem:
+    """Quantised coefficients, their bits in order, Gray-labelled QAM."""
+
+    stream: Stream
+    flat: Sequence[Mapping[str, Tensor]]
+    quantiser_of: Sequence[Mapping[str, Quantiser]]
+    constellation: Constellation
+    bits: int
+    soft: bool
+
+    @property
+    def chunk(self) -> int:
+        """A multiple of the bits of a symbol, so that every chunk begins with a new symbol."""
+        return self.constellation.bits << 12
+
+    def symbols(self, coefficients: int) -> int:
+        """The bits of all coefficients over those of a symbol, rounded up."""
+        return -(-coefficients * self.bits // self.constellation.bits)
+
+    def modulate(self, start: int, stop: int) -> Tensor:
+        """As the class says; the last symbol is filled up with zeros."""
+        users, count = len(self.flat), self.symbols(stop - start)
+        words = torch.empty(users, stop - start, dtype=torch.int64, device=self.stream.device)
+        for key, where, cut in self.stream.pieces(start, stop):
+            for q, parts in enumerate(self.flat):
+                words[q, cut] = self.quantiser_of[q][key].encode(parts[key][where].to(self.stream.dtype))
+        shifts = torch.arange(self.bits - 1, -1, -1, device=words.device)
+        stream = torch.zeros(users, count * self.constellation.bits, dtype=torch.uint8, device=words.device)
+        stream[:, : words.shape[1] * self.bits] = ((words[..., None] >> shifts) & 1).to(torch.uint8).flatten(1)
+        return self.constellation.modulate(stream.view(users, count, -1)).to(self._complex)
+
+    def decider(self, end: FrontEnd) -> Decide:
+        """The nearest point, or the posterior mean of the symbol."""
+        if not self.soft:
+            return lambda q, estimate: self.constellation.nearest(estimate)
+        return lambda q, estimate: self.constellation.posterior_mean(estimate, end.noise[q])
+
+    def demodulate(self, start: int, stop: int, estimates: Tensor, noise: Tensor, out: Out) -> None:
+        """Levels of the decided words, or the posterior mean level."""
+        length = (stop - start) * self.bits
+        if self.soft:
+            ones = self.constellation.bit_probabilities(estimates, noise).flatten(1)
+            ones = ones[:, :length].view(len(out), -1, self.bits)
+        else:
+            decided = self.constellation.decide(estimates).flatten(1)[:, :length].view(len(out), -1, self.bits)
+            weights = 1 << torch.arange(self.bits - 1, -1, -1, device=decided.device)
+            words = (decided.to(torch.int64) * weights).sum(-1)
+        for key, where, cut in self.stream.pieces(start, stop):
+            for q, parts in enumerate(out):
+                quantiser = self.quantiser_of[q][key]
+                numbers = quantiser.expectation(ones[q, cut]) if self.soft else quantiser.decode(words[q, cut])
+                parts[key][where] = numbers.to(parts[key].dtype)
+
+    @property
+    def _complex(self) -> torch.dtype:
+        return torch.complex128 if self.stream.dtype == torch.float64 else torch.complex64
+
+
+def quantisers(
+    vector: Tensors, keys: Sequence[str], kind: str, bits: int, per_tensor: bool, argument: str
+) -> dict[str, Quantiser]:
+    """The quantiser of every tensor; one for all, between the extremes of the whole vector, unless `per_tensor`."""
+    extremes, squares = {}, {}
+    for key in keys:
+        tensor = vector[key].detach()
+        if tensor.numel() == 0:
+            continue
+        low, high = map(float, torch.aminmax(tensor))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise NonFiniteError(f"{argument}[{key!r}] holds NaN or infinity; expected finite numbers")
+        extremes[key], squares[key] = (low, high), inner_product(tensor, tensor)
+    if per_tensor:
+        sizes = {key: vector[key].numel() for key in extremes}
+        groups = {key: [key] for key in extremes}
+    else:
+        sizes = dict.fromkeys(extremes, sum(vector[key].numel() for key in extremes))
+        groups = {key: list(extremes) for key in extremes}
+    result: dict[str, Quantiser] = {}
+    made: dict[tuple[str, ...], Quantiser] = {}
+    for key, group in groups.items():
+        name = tuple(group)
+        if name not in made:
+            low, high = min(extremes[k][0] for k in group), max(extremes[k][1] for k in group)
+            if low == high == 0:
+                where = f"{argument}[{key!r}]" if per_tensor else argument
+                raise InputError(f"{where} is all zero and cannot be normalised; leave it out")
+            rms = math.sqrt(math.fsum(squares[k] for k in group) / sizes[key])
+            made[name] = Quantiser.fit(kind, bits, low=low, high=high, rms=rms)
+        result[key] = made[name]
+    return result

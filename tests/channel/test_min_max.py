@@ -1,0 +1,101 @@
+"""The true min-max attack against a convex solver, and against everything that might be worse; imperfect knowledge."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers.oracles import complex_normal, min_max_rate_by_cvxpy, random_covariance
+from rmtllmf.channel import (
+    UplinkScenario,
+    imperfect_channel,
+    min_max_rate_covariance,
+    sic,
+    strongest_user_covariance,
+    sum_rate,
+    worst_case,
+    worst_case_covariance,
+)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(4, 3), (3, 4), (2, 2), (4, 1), (1, 3)], ids=str)
+def test_the_largest_rate_agrees_with_a_convex_solver(shape, noise):
+    rng = np.random.default_rng(sum(shape))
+    H, P = complex_normal(rng, *shape), rng.uniform(0.2, 2.0, shape[1])
+    C = min_max_rate_covariance(H, P, 2.0, noise=noise)
+    rx = sic(H, P, C + noise * np.eye(shape[0]))
+    assert np.trace(C).real == pytest.approx(2.0, rel=1e-12)
+    assert rx.rate.max() == pytest.approx(min_max_rate_by_cvxpy(H, P, 2.0, noise, rx.order), rel=1e-6)
+
+
+def test_no_covariance_does_more_harm_to_the_best_served_user():
+    rng = np.random.default_rng(1)
+    H, P, floor = complex_normal(rng, 4, 3), np.array([1.0, 0.6, 0.8]), 0.1 * np.eye(4)
+    best = min_max_rate_covariance(H, P, 2.0, noise=0.1)
+    largest = sic(H, P, best + floor).rate.max()
+    rates = []
+    for k in range(2000):
+        share = 10 ** rng.uniform(-6, 0) if k % 2 else 1.0
+        C = (1 - share) * best + share * 2.0 * random_covariance(rng, 4)
+        rates.append(sic(H, P, C + floor).rate.max())
+    assert min(rates) >= largest - 1e-9
+    assert min(rates) < largest + 1e-3
+
+
+def test_it_equalises_rates_where_the_papers_attack_does_not():
+    """The paper's set-up: eight equal rates, below the largest rate under both other jammers; in a batch."""
+    up = UplinkScenario(num_users=4, num_antennas=6).draw(3, seed=0, numpy=True)
+    P_N, thermal = 124 * up.noise, up.noise_covariance
+    rates = {
+        name: sic(up.H, up.P, C + thermal).rate
+        for name, C in {
+            "min-max": min_max_rate_covariance(up.H, up.P, P_N, noise=up.noise),
+            "strongest": strongest_user_covariance(up.H, up.P, P_N),
+            "sum": worst_case_covariance(up.H, up.P, P_N, noise=up.noise),
+        }.items()
+    }
+    assert np.ptp(rates["min-max"], axis=-1).max() < 1e-6
+    assert np.all(rates["min-max"].max(-1) < rates["strongest"].max(-1))
+    assert np.all(rates["min-max"].max(-1) < rates["sum"].max(-1))
+    # but the sum is lowest under the worst case for the sum
+    assert np.all(rates["sum"].sum(-1) < rates["min-max"].sum(-1))
+
+
+def test_limits_scales_and_order():
+    rng = np.random.default_rng(2)
+    H = complex_normal(rng, 3, 2)
+    assert not min_max_rate_covariance(H, 1.0, 0.0).any()
+    np.testing.assert_allclose(min_max_rate_covariance(H, 0.0, 3.0), np.eye(3))
+    one = min_max_rate_covariance(H[:, :1], 1.0, 2.0, noise=0.1)
+    np.testing.assert_allclose(one, worst_case_covariance(H[:, :1], 1.0, 2.0, noise=0.1), atol=1e-8)
+    plain = min_max_rate_covariance(H, 1.0, 2.0, noise=0.1, order=[1, 0])
+    tiny = min_max_rate_covariance(1e-6 * H, 1e-5, 2e-17, noise=1e-18, order=[1, 0])
+    np.testing.assert_allclose(tiny / 1e-17, plain, atol=1e-7)
+    other = min_max_rate_covariance(H, 1.0, 2.0, noise=0.1, order=[0, 1])
+    assert np.abs(other - plain).max() > 1e-3
+
+
+@given(st.integers(0, 10**6), st.floats(0, 1))
+def test_imperfect_knowledge_has_the_stated_error(seed, error):
+    """Correlation 1 - error in power, the same mean power; per user, whatever its strength."""
+    rng = np.random.default_rng(seed)
+    H = complex_normal(rng, 500, 8, 2) * np.array([1.0, 1e-6])
+    guess = imperfect_channel(H, error, seed=seed)
+    power = (np.abs(H) ** 2).mean((0, 1))
+    bound = 6 / np.sqrt(4000)
+    np.testing.assert_allclose((np.abs(guess) ** 2).mean((0, 1)) / power, 1, atol=2 * bound)
+    np.testing.assert_allclose((H.conj() * guess).mean((0, 1)) / power, np.sqrt(1 - error), atol=bound)
+
+
+def test_a_jammer_with_a_wrong_channel_does_less_harm():
+    rng = np.random.default_rng(3)
+    H, floor = complex_normal(rng, 300, 6, 3), 0.05 * np.eye(6)
+    rates = [
+        sum_rate(H, 1.0, worst_case_covariance(imperfect_channel(H, error, seed=0), 1.0, 3.0, noise=0.05) + floor)
+        for error in (0.0, 0.1, 0.5, 1.0)
+    ]
+    np.testing.assert_allclose(rates[0], worst_case(H, 1.0, 3.0, noise=0.05).sum_rate, rtol=1e-9)
+    means = [rate.mean() for rate in rates]
+    assert means == sorted(means)
+    assert np.all(rates[1] >= rates[0] * (1 - 1e-12))

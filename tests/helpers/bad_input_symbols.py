@@ -1,0 +1,52 @@
+"""Wrong input to the symbol link, and what the error must say: (id, call, exception, pattern)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from rmtllmf.channel import Constellation, symbol_error_rate, transmit_symbols
+from rmtllmf.errors import InputError, NonFiniteError, NotPSDError, ShapeError, StateMismatchError
+
+H = np.eye(3, 2) + 0j
+V = [{"w": torch.tensor([1.0, -2.0])}, {"w": torch.tensor([0.5, 1.0])}]
+
+
+def send(vectors=V, H=H, P=1.0, C=np.eye(3), seed=0, **options):  # noqa: B008 (never written to)
+    return transmit_symbols(vectors, H, P, C, seed=seed, **options)
+
+
+CASES = [
+    ("symbols: modulation", lambda: send(modulation=32), InputError, "modulation: expected 4, 16.*got 32"),
+    ("symbols: modulation name", lambda: send(modulation="qam"), InputError, "modulation: .*'analog', got 'qam'"),
+    ("symbols: receiver", lambda: send(receiver="zf"), InputError, "receiver: .*'lmmse', got 'zf'"),
+    ("symbols: cancellation", lambda: send(cancellation="none"), InputError, "cancellation: .*got 'none'"),
+    ("symbols: bits", lambda: send(bits=0), InputError, "bits: expected 1 to 12.*got 0"),
+    ("symbols: half bits", lambda: send(bits=1.5), TypeError, "bits: expected an int"),
+    ("symbols: quantiser", lambda: send(quantiser="vector"), InputError, "quantiser: .*'lloyd_max', got 'vector'"),
+    ("symbols: decisions", lambda: send(decisions="firm"), InputError, "decisions: .*got 'firm'"),
+    ("symbols: digital scale", lambda: send(scale="rms"), InputError, "scale: belongs to the analog link"),
+    ("symbols: analog bits", lambda: send(modulation="analog", bits=8), InputError, "bits: the analog link"),
+    (
+        "symbols: analog tensors",
+        lambda: send(modulation="analog", per_tensor=True),
+        InputError,
+        "per_tensor: the analog",
+    ),
+    ("symbols: analog scale", lambda: send(modulation="analog", scale="max"), InputError, "scale: expected one of"),
+    ("symbols: number of vectors", lambda: send(V * 2), InputError, "H: has 2 users, but there are 4 vectors"),
+    ("symbols: no vectors", lambda: send([]), InputError, "vectors: expected at least one"),
+    ("symbols: keys", lambda: send([V[0], {"b": V[1]["w"]}]), StateMismatchError, "lacks 'w'"),
+    ("symbols: silent user", lambda: send(P=[1.0, 0.0]), InputError, "P: a silent user"),
+    ("symbols: NaN", lambda: send([V[0], {"w": V[1]["w"] * float("nan")}]), NonFiniteError, r"vectors\[1\]\['w'\]"),
+    ("symbols: all zero", lambda: send([V[0], {"w": torch.zeros(2)}]), InputError, r"vectors\[1\] is all zero"),
+    ("symbols: real H", lambda: send(H=H.real), TypeError, "H: expected complex"),
+    ("symbols: H batch", lambda: send(H=np.ones((2, 2, 3, 2)) + 0j), InputError, "H: expected at most one leading"),
+    ("symbols: too many blocks", lambda: send(H=np.stack([H] * 9), bits=1), InputError, "H: 9 blocks are more than"),
+    ("symbols: C", lambda: send(C=-np.eye(3)), NotPSDError, "C: "),
+    ("symbols: C shape", lambda: send(C=np.eye(2)), ShapeError, "C: "),
+    ("symbols: order", lambda: send(order="random"), InputError, "order: "),
+    ("symbols: seed", lambda: send(seed="0"), TypeError, "seed: "),
+    ("constellation", lambda: Constellation(8), InputError, "modulation: .*got 8"),
+    ("symbol error rate", lambda: symbol_error_rate(4, -1.0), InputError, "snr: expected numbers >= 0"),
+]
