@@ -29,7 +29,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 # short names in signatures; api/index.md says what they stand for
-ALIASES = "Array ArrayLike Batches Correlation Fading Head Loss MakeOptimizer PathLoss Placement Seed StateLike Tasks Template Tensors"
+ALIASES = "Array ArrayLike Batches Correlation Fading Head Loss MakeOptimizer PathLoss Placement Seed "
+ALIASES += "StateLike Tasks Template Tensors"
 autodoc_type_aliases = {name: name for name in (*ALIASES.split(), "Tokenizer")}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

@@ -40,7 +40,7 @@ class Inputs:
         if isinstance(main, Tensor):
             single = main.dtype in _SINGLE
         else:
-            single = np.asarray(main).dtype in _NUMPY_SINGLE
+            single = _as_array(main, argument).dtype in _NUMPY_SINGLE
         return cls(not tensors, tensors[0].device if tensors else torch.device("cpu"), single)
 
     def complex(self, value: object, argument: str, *, real_too: bool = False) -> Tensor:
@@ -81,14 +81,15 @@ class Inputs:
             return value.to(self.device)
         if value is None or isinstance(value, str | bytes):
             raise TypeError(f"{argument}: expected numbers, got {type(value).__name__}")
-        array = np.asarray(value)
-        if array.dtype == object or array.dtype.kind not in "biufc":
+        array = _as_array(value, argument)
+        if array.dtype.kind not in "biufc":
             raise TypeError(f"{argument}: expected numbers, got an array of dtype {array.dtype}")
         if array.dtype in (np.longdouble, np.clongdouble):
             raise TypeError(f"{argument}: extended precision is not supported, got {array.dtype}")
         if array.dtype.kind == "u":
             array = array.astype(np.float64)
-        return torch.from_numpy(np.array(array, copy=True)).to(self.device)
+        # a copy: torch would share the caller's memory, and knows neither read-only nor byte-swapped arrays
+        return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), copy=True)).to(self.device)
 
     @staticmethod
     def _finite(tensor: Tensor, argument: str) -> Tensor:
@@ -100,6 +101,16 @@ class Inputs:
                 f"{argument}: holds {bad} non-finite entries of {tensor.numel()}; expected finite numbers"
             )
         return tensor
+
+
+def _as_array(value: object, argument: str) -> NDArray[Any]:
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ShapeError(f"{argument}: expected numbers in rows of equal length ({error})") from None
+    if array.dtype == object:
+        raise TypeError(f"{argument}: expected numbers, got {type(value).__name__} of objects")
+    return array
 
 
 def largest(tensor: Tensor, dims: int) -> Tensor:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from numbers import Real
+from operator import index as index_of
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +26,8 @@ RUNNING_STATISTICS = ("running_mean", "running_var")
 def as_state(source: StateLike, argument: str) -> dict[str, Tensor]:
     """A plain dict from a module, a state dict or the path of a safetensors file; no tensor is copied."""
     if isinstance(source, nn.Module):
-        return dict(source.state_dict())
+        # what modules put into their state dict beside tensors (get_extra_state) is theirs to keep
+        return {key: value for key, value in source.state_dict().items() if isinstance(value, Tensor)}
     if isinstance(source, str | os.PathLike):
         if not os.fspath(source).endswith(".safetensors"):
             raise InputError(f"{argument}: expected the path of a .safetensors file, got {os.fspath(source)!r}")
@@ -35,10 +39,18 @@ def as_state(source: StateLike, argument: str) -> dict[str, Tensor]:
             f"{argument}: expected a torch.nn.Module, a mapping of name -> tensor or the path of a safetensors "
             f"file, got {type(source).__name__}"
         )
-    for key, value in source.items():
+    return _checked(source, argument)
+
+
+def _checked(source: Mapping[Any, Any], argument: str) -> dict[str, Tensor]:
+    """A dict of the mapping, read once (it may make its tensors on access), with names and tensors for sure."""
+    state = dict(source.items())
+    for key, value in state.items():
+        if not isinstance(key, str):
+            raise TypeError(f"{argument}: expected names as keys, got {key!r} of type {type(key).__name__}")
         if not isinstance(value, Tensor):
             raise TypeError(f"{argument}[{key!r}]: expected a tensor, got {type(value).__name__}")
-    return dict(source)
+    return state
 
 
 def is_bendable(key: str, tensor: Tensor) -> bool:
@@ -95,31 +107,47 @@ def check_finite(state: Tensors, argument: str) -> None:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether every entry is finite: one pass and no mask, because the extrema of anything with a NaN are NaN."""
-    if tensor.numel() == 0:
-        return True
-    if tensor.element_size() == 1:  # the 8-bit floats have no minimum
-        tensor = tensor.to(torch.float32)
-    low, high = torch.aminmax(tensor.detach())
+    """Whether every entry is finite."""
+    low, high = extrema(tensor)
     return math.isfinite(low) and math.isfinite(high)
 
 
-def check_same_states(vectors: Sequence[Tensors], argument: str) -> list[str]:
-    """Raise unless there is at least one mapping and all agree in keys and shapes; returns the sorted keys."""
-    if isinstance(vectors, Mapping | str | Tensor):
+def extrema(tensor: Tensor) -> tuple[float, float]:
+    """The smallest and largest entry, (0, 0) if there is none; one pass, no mask, and NaN if there is a NaN."""
+    if tensor.numel() == 0:
+        return 0.0, 0.0
+    low, high = torch.aminmax(wide(tensor.detach()) if tensor.element_size() == 1 else tensor.detach())
+    return float(low), float(high)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: half precision is for storage."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)
+
+
+def as_vectors(vectors: Iterable[Tensors], argument: str) -> list[dict[str, Tensor]]:
+    """A list of dicts with the same keys, shapes and kinds of entries; an error unless there is at least one."""
+    if isinstance(vectors, Mapping | str | bytes | Tensor | nn.Module) or not isinstance(vectors, Iterable):
         raise TypeError(
             f"{argument}: expected a sequence of mappings of name -> tensor, got a single {type(vectors).__name__}"
         )
-    if len(vectors) == 0:
-        raise InputError(f"{argument}: expected at least one mapping of name -> tensor, got an empty sequence")
+    states = []
     for index, vector in enumerate(vectors):
         if not isinstance(vector, Mapping):
             raise TypeError(f"{argument}[{index}]: expected a mapping of name -> tensor, got {type(vector).__name__}")
-    first = vectors[0]
-    for index, vector in enumerate(vectors[1:], 1):
-        check_keys(vector, first, f"{argument}[{index}]", f"{argument}[0]")
-        check_shapes(vector, first, f"{argument}[{index}]", f"{argument}[0]")
-    return sorted(first)
+        states.append(_checked(vector, f"{argument}[{index}]"))
+    if not states:
+        raise InputError(f"{argument}: expected at least one mapping of name -> tensor, got an empty sequence")
+    kinds = {key: is_bendable(key, tensor) for key, tensor in states[0].items()}
+    for index, state in enumerate(states[1:], 1):
+        check_keys(state, states[0], f"{argument}[{index}]", f"{argument}[0]")
+        check_shapes(state, states[0], f"{argument}[{index}]", f"{argument}[0]")
+        for key, tensor in state.items():
+            if is_bendable(key, tensor) != kinds[key]:
+                raise StateMismatchError(
+                    f"{argument}[{index}][{key!r}] is {tensor.dtype}; {argument}[0] has {states[0][key].dtype}"
+                )
+    return states
 
 
 def identity(tensor: Tensor) -> Hashable:
@@ -131,14 +159,14 @@ def identity(tensor: Tensor) -> Hashable:
 
 def map_tied(function: Callable[..., Tensor], keys: Iterable[str], *states: Tensors) -> dict[str, Tensor]:
     """``{key: function(states[0][key], states[1][key], ...)}``, where entries tied in *all* states stay tied."""
-    known: dict[Hashable, Tensor] = {}
+    known: dict[Hashable, tuple[Tensor, tuple[Tensor, ...]]] = {}
     result = {}
     for key in keys:
         tensors = tuple(state[key] for state in states)
         memory = tuple(identity(tensor) for tensor in tensors)
         if memory not in known:
-            known[memory] = function(*tensors)
-        result[key] = known[memory]
+            known[memory] = function(*tensors), tensors  # kept alive: freed memory would be taken for a tie
+        result[key] = known[memory][0]
     return result
 
 
@@ -150,6 +178,8 @@ def select_names(names: Iterable[str], patterns: str | Iterable[str], argument: 
     known = list(names)
     exact = set(known)
     chosen: set[str] = set()
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"{argument}: expected names or glob patterns, got {type(patterns).__name__}")
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"{argument}: expected names or glob patterns, got {type(pattern).__name__}")
@@ -180,22 +210,33 @@ def heuristic_scale(num_tasks: int) -> float:
         >>> heuristic_scale(1), heuristic_scale(8)
         (1.0, 0.3)
     """
-    if isinstance(num_tasks, bool) or not isinstance(num_tasks, int):
-        raise TypeError(f"num_tasks: expected an int, got {type(num_tasks).__name__}")
-    if num_tasks < 1:
-        raise InputError(f"num_tasks: expected a whole number of at least 1, got {num_tasks}")
-    return 1.0 if num_tasks == 1 else 0.3
+    return 1.0 if whole_number(num_tasks, "num_tasks", at_least=1) == 1 else 0.3
 
 
 def finite_number(value: object, argument: str, *, positive: bool = False) -> float:
-    """`value` as a float; an error unless it is one finite (and, on request, positive) number."""
-    if isinstance(value, bool | str) or not (isinstance(value, int | float) or hasattr(value, "__float__")):
-        raise TypeError(f"{argument}: expected a number, got {type(value).__name__}")
-    if getattr(value, "ndim", 0):
-        raise ShapeError(f"{argument}: expected one number, got an array of shape {tuple(getattr(value, 'shape', ()))}")
-    number = float(value)
+    """`value` as a float; an error unless it is one finite (and, on request, positive) real number."""
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        if value.ndim:
+            raise ShapeError(f"{argument}: expected one number, got an array of shape {tuple(value.shape)}")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{argument}: expected a real number, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number) or (positive and number <= 0):
         raise InputError(f"{argument}: expected a {'positive ' if positive else ''}finite number, got {number}")
+    return number
+
+
+def whole_number(value: object, argument: str, *, at_least: int) -> int:
+    """`value` as an int; an error unless it is a whole number that is large enough."""
+    if isinstance(value, bool | np.bool_ | Tensor | np.ndarray) or not hasattr(value, "__index__"):
+        raise TypeError(f"{argument}: expected an int, got {type(value).__name__}")
+    number = index_of(value)
+    if number < at_least:
+        raise InputError(f"{argument}: expected a whole number of at least {at_least}, got {number}")
     return number
 
 

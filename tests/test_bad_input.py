@@ -3,10 +3,16 @@
 import numpy as np
 import pytest
 
-from helpers import bad_input_channel, bad_input_models, bad_input_protection, bad_input_symbols
+from helpers import bad_input_channel, bad_input_models, bad_input_protection, bad_input_scenario, bad_input_symbols
 from rmtllmf.channel import barrage_covariance, strongest_user_covariance, worst_case
 
-CASES = [*bad_input_channel.CASES, *bad_input_models.CASES, *bad_input_protection.CASES, *bad_input_symbols.CASES]
+CASES = [
+    *bad_input_channel.CASES,
+    *bad_input_models.CASES,
+    *bad_input_protection.CASES,
+    *bad_input_scenario.CASES,
+    *bad_input_symbols.CASES,
+]
 
 
 @pytest.mark.parametrize(("call", "error", "pattern"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])

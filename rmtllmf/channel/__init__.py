@@ -9,8 +9,8 @@ What the base station can do about it on this layer: learn the noise (`covarianc
 powers (`channel_inversion`, `fractional_power_control`), or let users take turns (`scheduled`).
 
 Other cells than the default one are made of path loss (`free_space`, `log_distance`, 3GPP's `uma`, `umi`, `rma` with
-`los_probability`), `Rician` fading, correlation (`exponential_correlation`) and `Shadowing`; `sionna_uplink` draws 3GPP's
-channels in full, and `ldpc_encode`, `ldpc_decode` are 5G's codes (both need the extra `sionna`).
+`los_probability`), `Rician` fading, correlation (`exponential_correlation`) and `Shadowing`. With the extra `sionna`,
+`sionna_uplink` draws 3GPP's channels in full, and `ldpc_encode`, `ldpc_decode` are 5G's codes.
 """
 
 from .combining import repeat_block, stack_blocks

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._arrays import ArrayLike, Inputs, check_hermitian, resolution
-from ..errors import InputError, ShapeError
+from ..errors import ShapeError
 
 
 def covariance_input(value: object, argument: str, *others: object, size: int | None = None) -> tuple[Inputs, Tensor]:
@@ -22,15 +22,6 @@ def covariance_input(value: object, argument: str, *others: object, size: int | 
         size = C.shape[-1]
     check_hermitian(C, size, argument, resolution(value))
     return inputs, C
-
-
-def whole_number(value: object, argument: str, least: int) -> int:
-    """`value` as an int of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{argument}: expected an int, got {type(value).__name__}")
-    if value < least:
-        raise InputError(f"{argument}: expected a whole number of at least {least}, got {value}")
-    return value
 
 
 def per_user(inputs: Inputs, value: ArrayLike, argument: str, shape: torch.Size) -> Tensor:

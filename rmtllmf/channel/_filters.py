@@ -20,8 +20,19 @@ _VISIBLE = {True: 1e-8, False: 1e-5}  # share of a channel in the noise-free spa
 
 
 @dataclass(frozen=True)
+class Received:
+    """Checked input of a receiver, in double precision."""
+
+    B: Tensor  # (..., N_R, Q), H P^1/2
+    noise: Tensor  # (..., N_R, N_R)
+    strength: Tensor  # (..., Q) received power, without gradient
+    eps_channel: float  # what the last digits of H are worth
+    eps_noise: float  # and those of the noise covariance
+
+
+@dataclass(frozen=True)
 class Whitened:
-    """`B` seen through a noise covariance: `signal` where there is noise, `clear` where there is none (or None)."""
+    """`B` seen through noise covariances: `signal` where there is noise, `clear` where there is none (or None)."""
 
     signal: Tensor  # (..., N_R, Q)
     clear: Tensor | None  # (..., N_R, Q), columns below the threshold set to exact zeros
@@ -36,98 +47,134 @@ class Whitened:
         return self.root @ signal
 
 
-def whiten(B: Tensor, C: Tensor, argument: str, eps: float) -> Whitened:
-    """Eigenvalues of `C` below ``N_R eps max`` are null: there the receiver hears without noise."""
-    antennas = C.shape[-1]
-    eigenvalues = torch.linalg.eigvalsh(C.detach())
-    check_psd(eigenvalues, argument, eps)
-    threshold = _VISIBLE[eps < 1e-10] * B.detach().abs().square().sum(-2).sqrt()
-    regular = eigenvalues[..., 0] > antennas * eps * eigenvalues[..., -1]
+def filters(
+    link: Received, design: Tensor, argument: str, eps: float, order: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`F` and `W` of a receiver designed for `design`: linear, or cancelling users in `order` (..., Q).
+
+    Eigenvalues of `design` below ``N_R eps max`` are null: there the receiver hears without noise. Only the batch
+    items in which there are any go the longer way.
+    """
+    regular = _regular(design, argument, eps)
     if bool(regular.all()):
-        L = torch.linalg.cholesky(C)
-        shape = torch.broadcast_shapes(L.shape[:-2], B.shape[:-2])
-        signal = torch.linalg.solve_triangular(
-            L.expand(*shape, *L.shape[-2:]), B.expand(*shape, *B.shape[-2:]), upper=False
-        )
-        return Whitened(signal, None, threshold, L, None)
+        return _regular_filters(whiten(link, design), order)
+    batch = torch.broadcast_shapes(link.B.shape[:-2], design.shape[:-2], () if order is None else order.shape[:-1])
+    antennas, users = link.B.shape[-2:]
+    B = link.B.expand(*batch, antennas, users).reshape(-1, antennas, users)
+    C = design.expand(*batch, antennas, antennas).reshape(-1, antennas, antennas)
+    sequence = None if order is None else order.expand(*batch, users).reshape(-1, users)
+    mask = regular.expand(batch).reshape(-1)
+    F, W = B.new_empty(len(B), users, users), torch.empty_like(B)
+    for part, function in ((mask, _regular_filters), (~mask, _singular_filters)):
+        if bool(part.any()):
+            own = Received(B[part], C[part], link.strength, link.eps_channel, eps)
+            seen = whiten(own, C[part]) if function is _regular_filters else _whiten_singular(own, C[part], eps)
+            F[part], W[part] = function(seen, None if sequence is None else sequence[part])
+    return F.reshape(*batch, users, users), W.reshape(*batch, antennas, users)
+
+
+def log_det(link: Received, argument: str) -> Tensor:
+    """``log det(I + B^H C^-1 B)``, infinite where a user reaches a direction without noise."""
+    regular = _regular(link.noise, argument, link.eps_noise)
+    if bool(regular.all()):
+        return _log_det(whiten(link, link.noise))
+    rate = _log_det(seen := _whiten_singular(link, link.noise, link.eps_noise))
+    assert seen.clear is not None
+    return torch.where((seen.clear != 0).any(-1).any(-1), torch.inf, rate)
+
+
+def whiten(link: Received, C: Tensor) -> Whitened:
+    """For regular `C`: through its Cholesky factor, which has derivatives where eigenvectors have none."""
+    L = torch.linalg.cholesky(C)
+    shape = torch.broadcast_shapes(L.shape[:-2], link.B.shape[:-2])
+    signal = torch.linalg.solve_triangular(
+        L.expand(*shape, *L.shape[-2:]), link.B.expand(*shape, *link.B.shape[-2:]), upper=False
+    )
+    return Whitened(signal, None, torch.zeros_like(signal[..., 0, :].real), L, None)
+
+
+def _whiten_singular(link: Received, C: Tensor, eps: float) -> Whitened:
+    threshold = _VISIBLE[max(link.eps_channel, eps) < 1e-10] * link.B.detach().abs().square().sum(-2).sqrt()
     values, vectors = torch.linalg.eigh(C)
-    null = values <= antennas * eps * values[..., -1:].clamp_min(0.0)
+    null = values <= C.shape[-1] * eps * values[..., -1:].clamp_min(0.0)
     root = vectors * torch.where(null, 0.0, torch.where(null, 1.0, values).rsqrt())[..., None, :]
     basis = vectors * null[..., None, :]
-    clear = basis.mH @ B
+    clear = basis.mH @ link.B
     hidden = clear.abs().square().sum(-2).sqrt() <= threshold
-    return Whitened(root.mH @ B, torch.where(hidden[..., None, :], 0.0, clear), threshold, root, basis)
+    return Whitened(root.mH @ link.B, torch.where(hidden[..., None, :], 0.0, clear), threshold, root, basis)
 
 
-def gram_root(signal: Tensor) -> Tensor:
-    """Upper triangular `R` with ``R^H R = I + signal^H signal``, by QR: the Gram matrix would square the condition."""
+def _regular(C: Tensor, argument: str, eps: float) -> Tensor:
+    """Which batch items have noise in every direction; an error if one is no covariance."""
+    eigenvalues = torch.linalg.eigvalsh(C.detach())
+    check_psd(eigenvalues, argument, eps)
+    regular = eigenvalues[..., 0] > C.shape[-1] * eps * eigenvalues[..., -1]
+    if C.requires_grad and torch.is_grad_enabled() and not bool(regular.all()):
+        raise TypeError(f"{argument}: requires a gradient, but is singular, and there the result has none")
+    return regular
+
+
+def _log_det(seen: Whitened) -> Tensor:
+    # by singular values: a determinant near 1 would lose the digits of a small rate
+    return torch.log1p(torch.linalg.svdvals(seen.signal).square()).sum(-1)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """Upper triangular `R` with ``R^H R = matrix^H matrix``, by QR: the product would square the condition."""
+    return torch.linalg.qr(matrix).R
+
+
+def _eye_like(matrix: Tensor) -> Tensor:
+    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+
+
+def _with_identity(signal: Tensor) -> Tensor:
+    """`signal` on top of an identity: its Gram matrix is ``I + signal^H signal``."""
     eye = torch.eye(signal.shape[-1], dtype=signal.dtype, device=signal.device)
-    stacked = torch.cat([signal, eye.expand(*signal.shape[:-2], *eye.shape)], dim=-2)
-    return torch.linalg.qr(stacked).R
+    return torch.cat([signal, eye.expand(*signal.shape[:-2], *eye.shape)], dim=-2)
 
 
-def linear_filters(seen: Whitened) -> tuple[Tensor, Tensor]:
-    """`F` and `W` with everybody present."""
-    if seen.clear is not None:
-        everyone = torch.ones(
-            seen.signal.shape[:-2] + 2 * seen.signal.shape[-1:], dtype=torch.bool, device=seen.root.device
-        )
-        return _singular_filters(seen, everyone)
-    R = gram_root(seen.signal)
-    inverse = torch.linalg.solve_triangular(R, _eye_like(R), upper=True)
-    F = inverse @ inverse.mH
-    return F, seen.unwhiten(seen.signal @ F)
-
-
-def sic_filters(seen: Whitened, order: Tensor) -> tuple[Tensor, Tensor]:
-    """`F` and `W` when users are decoded, and then cancelled, in `order` (..., Q).
-
-    In reversed order the users present at each step are a leading block, so one factorisation serves all steps.
-    """
-    users = seen.signal.shape[-1]
+def _regular_filters(seen: Whitened, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """In reversed order the users present at each step are a leading block: one factorisation serves all steps."""
+    if order is None:
+        R = _root(_with_identity(seen.signal))
+        inverse = torch.linalg.solve_triangular(R, _eye_like(R).expand_as(R), upper=True)
+        F = inverse @ inverse.mH
+        return F, seen.unwhiten(seen.signal @ F)
     batch = torch.broadcast_shapes(seen.signal.shape[:-2], order.shape[:-1])
-    order = order.expand(*batch, users)
-    position = order.argsort(-1)
-    if seen.clear is not None:
-        return _singular_filters(seen, position[..., :, None] <= position[..., None, :])
     signal = seen.signal.expand(*batch, *seen.signal.shape[-2:])
-    backwards = order.flip(-1)
-    R = gram_root(signal.gather(-1, backwards[..., None, :].expand_as(signal)))
-    inverse = torch.linalg.solve_triangular(R, _eye_like(R), upper=True)
+    backwards = order.expand(*batch, order.shape[-1]).flip(-1)
+    R = _root(_with_identity(signal.gather(-1, backwards[..., None, :].expand_as(signal))))
+    inverse = torch.linalg.solve_triangular(R, _eye_like(R).expand_as(R), upper=True)
     F = inverse / torch.diagonal(R, dim1=-2, dim2=-1).conj()[..., None, :]
     own = backwards.argsort(-1)  # back to the columns' own order
     F = F.gather(-2, own[..., :, None].expand_as(F)).gather(-1, own[..., None, :].expand_as(F))
     return F, seen.unwhiten(signal @ F)
 
 
-def _eye_like(matrix: Tensor) -> Tensor:
-    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
-
-
-def _singular_filters(seen: Whitened, present: Tensor) -> tuple[Tensor, Tensor]:
-    """The limit of the filters for ``C + e I`` as e goes to 0; `present[..., q, j]`: j is there when q is decoded.
+def _singular_filters(seen: Whitened, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The limit of the filters for ``C + e I`` as e goes to 0; `seen` and `order` have one batch dimension.
 
     What users send into the noise-free space is known exactly: only combinations of users in the null space of `clear`
-    keep an error, and there the usual formula holds.
+    keep an error, and there the usual formula holds. Users whose noise-free parts are parallel to `_RANK` count as one
+    direction there.
     """
     assert seen.clear is not None  # the caller has looked
     assert seen.basis is not None
-    users = present.shape[-1]
-    batch = torch.broadcast_shapes(seen.signal.shape[:-2], present.shape[:-2])
-    signal, clear = (part.expand(*batch, *part.shape[-2:]) for part in (seen.signal, seen.clear))
-    present = present.expand(*batch, users, users)
+    signal, clear = seen.signal, seen.clear
+    users = signal.shape[-1]
     length = clear.abs().square().sum(-2).sqrt()
     scale = torch.where(length > 0, length, 1.0)
     unit = clear / scale[..., None, :]
-    largest = length.amax(dim=-1, keepdim=True)
-    ratio = torch.where(length > 0, scale / torch.where(largest > 0, largest, 1.0), 1.0)  # `scale`, without unit
-    gram = signal.mH @ signal
-    eye = _eye_like(gram)
-    gram = gram + eye
-    balanced = gram / (ratio[..., :, None] * ratio[..., None, :])
+    longest = length.amax(dim=-1, keepdim=True)
+    ratio = torch.where(length > 0, scale / torch.where(longest > 0, longest, 1.0), 1.0)  # `scale`, without unit
+    stacked = _with_identity(signal)
+    balanced = stacked / ratio[..., None, :]
+    eye = _eye_like(signal)
+    position = None if order is None else order.argsort(-1)
     F, W = [], []
     for q in range(users):
-        here = present[..., q, :]
+        here = torch.ones_like(length, dtype=torch.bool) if position is None else position[:, q, None] <= position
         visible = unit * here[..., None, :]
         others = visible.clone()
         others[..., q] = 0.0
@@ -140,9 +187,11 @@ def _singular_filters(seen: Whitened, present: Tensor) -> tuple[Tensor, Tensor]:
         kept = s > _RANK
         rows = right * kept[..., None]
         Z = (eye - rows.mH @ rows) * (here[..., :, None] & here[..., None, :])
-        column = torch.linalg.solve(Z @ balanced @ Z + eye - Z, Z[..., q, None] / ratio[..., q, None, None])
-        column = torch.where(free[..., None, None], 0.0, (Z @ column) / ratio[..., None])
-        left_over = (eye[..., q, None] - gram @ column) * here[..., None] / scale[..., None]
+        R = _root(torch.cat([balanced @ Z, eye - Z], dim=-2))
+        column = torch.linalg.solve_triangular(R.mH, Z[..., q, None] / ratio[..., q, None, None], upper=False)
+        column = Z @ torch.linalg.solve_triangular(R, column, upper=True) / ratio[..., None]
+        column = torch.where(free[..., None, None], 0.0, column)
+        left_over = (eye[..., q, None] - stacked.mH @ (stacked @ column)) * here[..., None] / scale[..., None]
         inverse = torch.where(kept, 1 / torch.where(kept, s, 1.0), 0.0)
         F.append(column)
         W.append(seen.unwhiten(signal @ column) + seen.basis @ (left @ (inverse[..., None] * (rows @ left_over))))

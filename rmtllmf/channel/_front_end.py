@@ -10,9 +10,8 @@ from torch import Tensor
 
 from .._arrays import Array, ArrayLike, Inputs
 from ..errors import InputError
-from ._filters import linear_filters, sic_filters
 from .rate import received
-from .receivers import decoding_order, design_noise
+from .receivers import decoding_order, designed_filters
 
 RECEIVERS = ("sic", "lmmse")
 CANCELLATIONS = ("genie", "real")
@@ -59,25 +58,21 @@ def front_ends(
     if receiver not in RECEIVERS:
         raise InputError(f"receiver: expected one of {', '.join(map(repr, RECEIVERS))}, got {receiver!r}")
     inputs = Inputs.of(H, "H", P, C, designed_for)
-    B, noise, eps = received(inputs, H, P, C)
+    link = received(inputs, H, P, C)
+    B = link.B
     if B.shape[-1] != users:
         raise InputError(f"H: has {B.shape[-1]} users, but there are {users} vectors")
-    seen = design_noise(inputs, B, noise, designed_for, eps)
-    if receiver == "sic":
-        sequence = decoding_order(inputs, order, B)
-        F, W = sic_filters(seen, sequence)
-        orders = sequence.expand(*F.shape[:-1]).reshape(-1, users).tolist()
-    else:
-        F, W = linear_filters(seen)
-        orders = []
+    sequence = decoding_order(inputs, order, link.strength) if receiver == "sic" else None
+    F, W = designed_filters(inputs, link, designed_for, sequence)
+    orders = [] if sequence is None else sequence.expand(F.shape[:-1]).reshape(-1, users).tolist()
     if F.ndim > 3:
         raise InputError(f"H: expected at most one leading dimension, of fading blocks, got shape {tuple(F.shape)}")
     believed = torch.diagonal(F, dim1=-2, dim2=-1).real
-    gain = 1 - believed
+    gain = (B.conj() * W).sum(-2).real
     if bool((gain <= 0).any()):
         raise InputError("P: a silent user cannot be received; leave it out")
     leak = W.mH @ B
-    values, vectors = torch.linalg.eigh(noise)
+    values, vectors = torch.linalg.eigh(link.noise)
     root = vectors * values.clamp_min(0.0).sqrt()[..., None, :]
     spread = W.mH @ root
     if spread.shape[-2] < spread.shape[-1]:  # fewer users than antennas: the same covariance from fewer numbers

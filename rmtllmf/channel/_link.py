@@ -11,6 +11,7 @@ from torch import Tensor
 from .._arrays import ArrayLike, Inputs, check_hermitian, check_psd, resolution
 from ..errors import InputError, ShapeError
 from .receivers import Reception
+from .uplink import Uplink
 
 ESTIMATORS = ("additive", "mmse", "unbiased")
 
@@ -39,6 +40,11 @@ def link_of(reception: Reception | ArrayLike, users: int, estimator: str) -> Lin
 
 
 def _from_mse(mse: ArrayLike, users: int, estimator: str) -> tuple[Tensor | None, Tensor]:
+    if isinstance(mse, Uplink) or (isinstance(mse, list | tuple) and any(isinstance(m, Reception) for m in mse)):
+        raise TypeError(
+            f"reception: expected a Reception (of sic or lmmse; for block fading one with a batch dimension) or MSEs, "
+            f"got {type(mse).__name__}"
+        )
     inputs = Inputs.of(mse, "mse")
     mu = inputs.real(mse, "mse")
     if mu.ndim == 0:
@@ -70,6 +76,8 @@ def _from_reception(reception: Reception, users: int, estimator: str) -> tuple[T
     if estimator == "additive":
         return None, noise
     gain = _blocks(inputs.real(reception.gain, "reception.gain"), users, "reception.gain", 1)
+    if gain.shape[0] != noise.shape[0]:
+        raise ShapeError(f"reception.gain: has {gain.shape[0]} blocks, reception.{name} has {noise.shape[0]}")
     if estimator == "mmse":
         return gain, noise
     if bool((gain.detach() == 0).any()):

@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from .._state import Tensors, inner_product
+from .._state import Tensors, extrema, inner_product
 from ..errors import InputError, NonFiniteError
 from ._front_end import Decide, FrontEnd
 from ._stream import Stream
@@ -144,7 +144,7 @@ def quantisers(
         tensor = vector[key].detach()
         if tensor.numel() == 0:
             continue
-        low, high = map(float, torch.aminmax(tensor))
+        low, high = extrema(tensor)
         if not (math.isfinite(low) and math.isfinite(high)):
             raise NonFiniteError(f"{argument}[{key!r}] holds NaN or infinity; expected finite numbers")
         extremes[key], squares[key] = (low, high), inner_product(tensor, tensor)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from .._state import Tensors, all_finite, finite_number, inner_product
+from .._state import Tensors, all_finite, extrema, finite_number, inner_product
 from ..errors import InputError, NonFiniteError
 
 SCALES = ("rms", "peak", "tensor_rms", "tensor_peak")
@@ -57,10 +56,8 @@ def _non_finite(argument: str, key: str) -> NonFiniteError:
 
 
 def _peak(tensor: Tensor) -> float:
-    if tensor.numel() == 0:
-        return 0.0
-    low, high = torch.aminmax(tensor.detach())
-    return max(abs(float(low)), abs(float(high))) if math.isfinite(low) and math.isfinite(high) else math.nan
+    low, high = extrema(tensor)
+    return max(abs(low), abs(high)) if math.isfinite(low) and math.isfinite(high) else math.nan
 
 
 def _sum_of_squares(tensor: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -11,25 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._state import Tensors, check_same_states, identity, is_bendable
-from ..errors import InputError, StateMismatchError
+from .._state import Tensors, all_finite, as_vectors, identity, is_bendable
+from ..errors import InputError, NonFiniteError
 
 
 @dataclass(frozen=True)
 class Stream:
     """Which entries of Q vectors go over the air, and where in the stream they lie."""
 
-    vectors: Sequence[Tensors]
+    given: Sequence[Tensors]  # in the caller's own form
+    vectors: Sequence[dict[str, Tensor]]
     keys: list[str]
     alias: dict[str, str]  # tied to one of `keys` in every vector: not sent again
     starts: list[int]  # first position of every key, and the end of the last
 
     @classmethod
-    def of(cls, vectors: Sequence[Tensors]) -> Stream:
+    def of(cls, vectors: Iterable[Tensors]) -> Stream:
         """Checked: same keys, shapes and kinds of entries in all vectors."""
-        keys, alias = _what_is_sent(vectors, check_same_states(vectors, "vectors"))
-        sizes = [vectors[0][key].numel() for key in keys]
-        return cls(vectors, keys, alias, [0, *accumulate(sizes)])
+        if isinstance(vectors, Iterator | ValuesView):  # they are gone through twice
+            vectors = list(vectors)
+        states = as_vectors(vectors, "vectors")
+        keys, alias = _what_is_sent(states)
+        if not keys:
+            raise InputError("vectors: hold no floating-point entries, so there is nothing to send")
+        sizes = [states[0][key].numel() for key in keys]
+        return cls(list(vectors), states, keys, alias, [0, *accumulate(sizes)])
 
     @property
     def length(self) -> int:
@@ -45,7 +51,7 @@ class Stream:
     @property
     def device(self) -> torch.device:
         """Of the first entry."""
-        return self.vectors[0][self.keys[0]].device if self.keys else torch.device("cpu")
+        return self.vectors[0][self.keys[0]].device
 
     def flat(self) -> list[dict[str, Tensor]]:
         """Every vector's entries as one-dimensional tensors; copies only where memory is not contiguous."""
@@ -64,13 +70,16 @@ class Stream:
     def rebuilt(self, flat: Sequence[Mapping[str, Tensor]]) -> list[Any]:
         """The received entries in the form of the vectors: a TaskVector through its own ``map``, else a dict."""
         result: list[Any] = []
-        for vector, parts in zip(self.vectors, flat, strict=True):
+        for index, (given, vector, parts) in enumerate(zip(self.given, self.vectors, flat, strict=True)):
             bent = {key: parts[key].view(vector[key].shape) for key in self.keys}
+            for key, tensor in bent.items():
+                if tensor.dtype == torch.float16 and not all_finite(tensor):
+                    raise NonFiniteError(f"vectors[{index}][{key!r}]: the received values overflow {tensor.dtype}")
             bent.update({key: bent[original] for key, original in self.alias.items()})
-            if hasattr(vector, "map"):
-                result.append(vector.map(lambda key, tensor, bent=bent: bent.get(key, tensor)))
+            if hasattr(given, "map"):
+                result.append(given.map(lambda key, tensor, bent=bent: bent[key]))
             else:
-                result.append({key: bent.get(key, tensor) for key, tensor in vector.items()})
+                result.append({key: bent[key] if key in bent else vector[key].clone() for key in vector})
         return result
 
 
@@ -90,20 +99,11 @@ def check_blocks(blocks: int, symbols: int, argument: str) -> None:
         raise InputError(f"{argument}: {blocks} blocks are more than the {symbols} symbols of a vector")
 
 
-def _what_is_sent(vectors: Sequence[Tensors], keys: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def _what_is_sent(vectors: Sequence[dict[str, Tensor]]) -> tuple[list[str], dict[str, str]]:
     sent: dict[Hashable, str] = {}
     alias: dict[str, str] = {}
-    for key in keys:
-        bendable = is_bendable(key, vectors[0][key])
-        for q, vector in enumerate(vectors):
-            if is_bendable(key, vector[key]) != bendable:
-                raise StateMismatchError(
-                    f"vectors[{q}][{key!r}] is {vector[key].dtype}; vectors[0] has {vectors[0][key].dtype}"
-                )
-        if bendable:
-            memory = tuple(identity(vector[key]) for vector in vectors)
-            if memory in sent:
-                alias[key] = sent[memory]
-            else:
-                sent[memory] = key
+    for key in sorted(key for key, tensor in vectors[0].items() if is_bendable(key, tensor)):
+        original = sent.setdefault(tuple(identity(vector[key]) for vector in vectors), key)
+        if original != key:
+            alias[key] = original
     return list(sent.values()), alias

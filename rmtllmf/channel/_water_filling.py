@@ -23,7 +23,7 @@ from .._arrays import largest
 from ..errors import ConvergenceError
 
 _EPS = torch.finfo(torch.float64).eps
-_ILL_CONDITIONED = 1e-8  # below this ratio of eigenvalues the Gram matrix has lost half the digits: use the SVD
+_ILL_CONDITIONED = 1e-4  # below this ratio of eigenvalues the Gram matrix has lost too many digits: use the SVD
 _MAX_STEPS = 100
 
 
@@ -68,6 +68,8 @@ def modes(H: Tensor, P: Tensor) -> Modes:
         s = torch.where(s > max(B.shape[-2:]) * _EPS * s[..., :1], s, 0.0)
         v[poor], U[poor] = s.square().flip(-1), left.flip(-1)
     unit = torch.where(trace > 0, trace * amplitude[..., 0, 0].square() * strongest[..., 0, 0], 1.0)
+    if not bool((torch.isfinite(unit) & (unit > 0)).all()):
+        raise ConvergenceError("worst_case: the received power H P H^H over- or underflows double precision")
     return Modes(v, U, unit)
 
 

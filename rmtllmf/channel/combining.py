@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from .._arrays import Array, Inputs, batch_shape, check_channel
+from .._state import whole_number
 from ..errors import ShapeError
-from ._covariance import covariance_input, whole_number
+from ._covariance import covariance_input
 
 __all__ = ["repeat_block", "stack_blocks"]
 
@@ -97,7 +98,7 @@ def repeat_block(H: Array, C: Array, K: int, *others: Array) -> tuple[Any, ...]:
         >>> lmmse(H, 1.0, C).sinr
         array([1., 1.])
     """
-    blocks = whole_number(K, "K", 1)
+    blocks = whole_number(K, "K", at_least=1)
     inputs = Inputs.of(H, "H", C, *others)
     channel = inputs.complex(H, "H")
     check_channel(channel)

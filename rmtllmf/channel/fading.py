@@ -1,4 +1,4 @@
-r"""What the air does to a path besides attenuating it: scattering, a line of sight, correlation between antennas, shadows.
+r"""What the air does to a path besides attenuating it: scattering, a line of sight, correlated antennas, shadows.
 
 A user's channel is :math:`h = \sqrt{g\, 10^{X/10}}\, \tilde h` with the gain :math:`g` of the path, the shadowing
 :math:`X` in dB, and the fading :math:`\tilde h`, normalised to :math:`E\lVert \tilde h \rVert^2 = N_R`.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._arrays import ArrayLike, Inputs, check_hermitian, check_psd, resolution
 from .._random import generator
-from .._state import finite_number
+from .._state import finite_number, whole_number
 from ..errors import InputError, ShapeError
 
 __all__ = ["Rician", "Shadowing", "exponential_correlation", "steering_vector"]
@@ -42,7 +42,7 @@ class Rician:
         spacing: of neighbouring antennas, in wavelengths.
 
     Raises:
-        InputError: `k_factor` is not finite, or `spacing` not positive.
+        InputError: `k_factor` is not within 300 dB of 0 dB, or `spacing` not positive.
 
     Source: S. O. Rice, "Statistical properties of a sine wave plus random noise", 1948.
 
@@ -56,7 +56,8 @@ class Rician:
     spacing: float = 0.5
 
     def __post_init__(self) -> None:
-        finite_number(self.k_factor, "k_factor")
+        if abs(finite_number(self.k_factor, "k_factor")) > 300:
+            raise InputError(f"k_factor: expected decibels, at most 300 either way, got {self.k_factor}")
         finite_number(self.spacing, "spacing", positive=True)
 
 
@@ -145,10 +146,7 @@ def steering_vector(azimuth: ArrayLike, num_antennas: int, *, spacing: float = 0
     """
     inputs = Inputs.of(azimuth, "azimuth")
     angle = inputs.real(azimuth, "azimuth")
-    if isinstance(num_antennas, bool) or not isinstance(num_antennas, int):
-        raise TypeError(f"num_antennas: expected an int, got {type(num_antennas).__name__}")
-    if num_antennas < 1:
-        raise InputError(f"num_antennas: expected at least 1, got {num_antennas}")
+    num_antennas = whole_number(num_antennas, "num_antennas", at_least=1)
     spacing = finite_number(spacing, "spacing", positive=True)
     n = torch.arange(num_antennas, dtype=torch.float64, device=angle.device)
     phase = 2 * math.pi * spacing * torch.sin(angle)[..., None] * n
@@ -181,10 +179,7 @@ def exponential_correlation(coefficient: complex, size: int) -> Tensor:
     r = _complex(coefficient)
     if not cmath.isfinite(r) or abs(r) > 1:
         raise InputError(f"correlation: expected a number of magnitude at most 1, got {coefficient}")
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"size: expected an int, got {type(size).__name__}")
-    if size < 1:
-        raise InputError(f"size: expected at least 1, got {size}")
+    size = whole_number(size, "size", at_least=1)
     n = torch.arange(size)
     lag = n[:, None] - n
     powers = torch.tensor([r**k for k in range(size)], dtype=torch.complex128)
@@ -194,8 +189,8 @@ def exponential_correlation(coefficient: complex, size: int) -> Tensor:
 def antenna_correlation(value: Correlation, antennas: int, users: int) -> Tensor | None:
     """The checked correlation (N_R, N_R), or (Q, N_R, N_R) with one a user; None if there is none."""
     if getattr(value, "ndim", 0) == 0 and not isinstance(value, list | tuple):
-        coefficient = _complex(value)
-        return None if coefficient == 0 else exponential_correlation(coefficient, antennas)
+        matrix = exponential_correlation(value, antennas)  # type: ignore[arg-type]
+        return None if _complex(value) == 0 else matrix
     matrix = Inputs.of(value, "correlation").complex(value, "correlation", real_too=True).cpu()
     if matrix.ndim != 2 and matrix.shape[:-2] != (users,):
         raise ShapeError(
@@ -243,9 +238,7 @@ def draw_fading(
     return wave[..., None, :] * direct + (1 + K).rsqrt()[..., None, :] * h
 
 
-def draw_shadowing(
-    shadowing: Shadowing, deviation: Tensor, distances: Tensor, azimuths: Tensor, seed: int
-) -> Tensor:
+def draw_shadowing(shadowing: Shadowing, deviation: Tensor, distances: Tensor, azimuths: Tensor, seed: int) -> Tensor:
     """Factors (..., Q) on the gain of users at `distances` and `azimuths`, with `deviation` (..., Q) in dB."""
     X = torch.randn(distances.shape, dtype=torch.float64, generator=generator(seed, "shadowing"))
     correlation = shadowing.matrix(distances.shape[-1])
@@ -266,7 +259,9 @@ def _root(matrix: Tensor) -> Tensor:
 
 def _mixed(root: Tensor, draws: Tensor) -> Tensor:
     """``root @ draws`` for draws (..., n, m), summed in one order: the same bits for any number of threads."""
-    return sum((root[..., :, k, None] * draws[..., k, None, :] for k in range(draws.shape[-2])), torch.zeros_like(draws))
+    return sum(
+        (root[..., :, k, None] * draws[..., k, None, :] for k in range(draws.shape[-2])), torch.zeros_like(draws)
+    )
 
 
 def _complex(value: object) -> complex:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from .._arrays import Array, ArrayLike, Inputs, batch_shape, check_channel, powers
+from .._arrays import Array, ArrayLike, Inputs, batch_shape, check_channel, largest, powers
+from .rate import received_power
 
 __all__ = ["barrage_covariance", "strongest_user_covariance"]
 
@@ -46,9 +47,9 @@ def strongest_user_covariance(H: Array, P: ArrayLike, P_N: ArrayLike) -> Any:
     check_channel(channel)
     power, jammer = powers(inputs.nonnegative(P, "P"), channel), inputs.nonnegative(P_N, "P_N")
     batch = batch_shape(("H", channel.shape[:-2]), ("P", power.shape[:-1]), ("P_N", jammer.shape))
-    peak = channel.detach().abs().amax(dim=(-2, -1), keepdim=True)
+    received = received_power(channel, power)
+    peak = largest(channel, dims=2)[..., None, None]
     channel = channel / torch.where(peak > 0, peak, 1.0)
-    received = power.detach() * channel.detach().abs().square().sum(-2)
     strongest = received.sort(dim=-1, stable=True).indices[..., -1:]
     silent = received.amax(-1) == 0
     antennas = channel.shape[-2]

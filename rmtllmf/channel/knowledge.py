@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .._arrays import Array, ArrayLike, Inputs, batch_shape, check_psd, resolution
 from .._random import Seed, generator, reseed, seed_number
+from .._state import whole_number
 from ..errors import InputError, ShapeError
-from ._covariance import covariance_input, whole_number
+from ._covariance import covariance_input
 
 __all__ = ["covariance_of", "estimated_covariance", "power_only_covariance"]
 
@@ -99,7 +100,7 @@ def estimated_covariance(
         True
     """
     inputs, covariance = covariance_input(C, "C", loading, shrinkage)
-    count = whole_number(snapshots, "snapshots", 1)
+    count = whole_number(snapshots, "snapshots", at_least=1)
     batch, antennas = covariance.shape[:-2], covariance.shape[-1]
     delta, alpha = _weights(inputs, loading, shrinkage, count, ("C", batch))
     check_psd(torch.linalg.eigvalsh(covariance.detach()), "C", resolution(C))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .._arrays import Array, ArrayLike, Inputs, batch_shape, check_channel, largest, powers
 from ..errors import ConvergenceError
+from .rate import received_power
 from .receivers import decoding_order
 
 __all__ = ["min_max_rate_covariance"]
@@ -66,16 +67,16 @@ def min_max_rate_covariance(
         >>> H, floor = np.diag([1.0, 2.0]) + 0j, 0.1 * np.eye(2)
         >>> C = min_max_rate_covariance(H, P=1.0, P_N=2.0, noise=0.1)
         >>> sic(H, 1.0, C + floor).rate.round(3)
-        array([1.126, 1.126])
+        array([1.186, 1.186])
         >>> sic(H, 1.0, strongest_user_covariance(H, 1.0, 2.0) + floor).rate.round(3)
         array([2.398, 1.066])
     """
-    inputs = Inputs.of(H, "H", P, P_N, noise)
+    inputs = Inputs.of(H, "H", P, P_N, noise, order)
     channel = inputs.complex(H, "H").detach()
     check_channel(channel)
     power = powers(inputs.nonnegative(P, "P"), channel).detach()
     jammer, floor = inputs.nonnegative(P_N, "P_N").detach(), inputs.nonnegative(noise, "noise").detach()
-    sequence = decoding_order(inputs, order, channel * power.sqrt()[..., None, :])
+    sequence = decoding_order(inputs, order, received_power(channel, power))
     batch = batch_shape(
         ("H", channel.shape[:-2]),
         ("P", power.shape[:-1]),
@@ -120,7 +121,7 @@ def _solve(B: Tensor, P_N: Tensor, s2: Tensor) -> Tensor:
 
 
 def _rates(signal: Tensor, C: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rates (batch, Q), and the inverses of X_q and of X_q + b_q b_q^H (batch, Q, n, n); NaN where C is not positive."""
+    """Rates (batch, Q), NaN where C is not positive, and the inverses of X_q and X_q + b_q b_q^H (batch, Q, n, n)."""
     users = signal.shape[-1]
     eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
     X = C + floor[:, None, None] * eye
@@ -204,7 +205,7 @@ def _hermitian_basis(size: int) -> Tensor:
         index += 1
         for j in range(i):
             basis[index, i, j] = basis[index, j, i] = math.sqrt(0.5)
-            basis[index + 1, i, j], basis[index + 1, j, i] = 1j * math.sqrt(0.5), -1j * math.sqrt(0.5)
+            basis.imag[index + 1, i, j], basis.imag[index + 1, j, i] = math.sqrt(0.5), -math.sqrt(0.5)
             index += 2
     return basis
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .._arrays import Array, ArrayLike, Inputs, batch_shape, check_channel, check_psd, powers, resolution
+from .._state import whole_number
 from ..errors import InputError, RmtllmfWarning
-from ._covariance import covariance_input, whole_number
+from ._covariance import covariance_input
 
 __all__ = ["null_directions"]
 
@@ -64,7 +65,7 @@ def null_directions(H: Array, C: Array, count: int, *others: Array, P: ArrayLike
     channel = inputs.complex(H, "H")
     check_channel(channel)
     antennas = channel.shape[-2]
-    directions = whole_number(count, "count", 0)
+    directions = whole_number(count, "count", at_least=0)
     if directions >= antennas:
         raise InputError(f"count: at least one of {antennas} dimensions must be left, got {directions}")
     power = powers(inputs.nonnegative(P, "P"), channel)
@@ -82,8 +83,8 @@ def null_directions(H: Array, C: Array, count: int, *others: Array, P: ArrayLike
     if share > blindly + _ON_THE_SIGNAL * (1 - blindly):
         warnings.warn(
             f"null_directions: the {directions} strongest directions of C hold {share:.0%} of the users' energy "
-            f"({blindly:.0%} if picked blindly): the jammer sits on the signal, and nulling removes both. Use a receiver that knows C (sic(..., "
-            "designed_for=None)) or an estimate of it (estimated_covariance) instead",
+            f"({blindly:.0%} if picked blindly): the jammer sits on the signal, and nulling removes both. Use a "
+            "receiver that knows C (sic(..., designed_for=None)) or an estimate (estimated_covariance) instead",
             RmtllmfWarning,
             stacklevel=2,
         )

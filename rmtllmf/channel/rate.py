@@ -7,8 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arrays import Array, ArrayLike, Inputs, batch_shape, check_channel, check_hermitian, powers, resolution
-from ._filters import gram_root, whiten
+from .._arrays import (
+    Array,
+    ArrayLike,
+    Inputs,
+    batch_shape,
+    check_channel,
+    check_hermitian,
+    largest,
+    powers,
+    resolution,
+)
+from ._filters import Received, log_det
 
 __all__ = ["sum_rate"]
 
@@ -39,22 +49,24 @@ def sum_rate(H: Array, P: ArrayLike, C: Array) -> Any:
         True
     """
     inputs = Inputs.of(H, "H", P, C)
-    B, noise, eps = received(inputs, H, P, C)
-    seen = whiten(B, noise, "C", eps)
-    diagonal = torch.diagonal(gram_root(seen.signal), dim1=-2, dim2=-1)
-    rate = 2 * diagonal.abs().log().sum(-1)
-    if seen.clear is not None:
-        rate = torch.where((seen.clear != 0).any(-1).any(-1), torch.inf, rate)
-    return inputs.back(rate)
+    return inputs.back(log_det(received(inputs, H, P, C), "C"))
 
 
-def received(inputs: Inputs, H: Array, P: ArrayLike, C: Array) -> tuple[Tensor, Tensor, float]:
-    """Checked ``B = H P^{1/2}``, the noise covariance, and the resolution to judge its rank by."""
+def received(inputs: Inputs, H: Array, P: ArrayLike, C: Array) -> Received:
+    """Checked channel, powers and noise covariance."""
     channel = inputs.complex(H, "H")
     check_channel(channel)
     power = powers(inputs.nonnegative(P, "P"), channel)
     noise = inputs.complex(C, "C", real_too=True)
-    eps = resolution(H, C)
-    check_hermitian(noise, channel.shape[-2], "C", eps)
+    check_hermitian(noise, channel.shape[-2], "C", resolution(C))
     batch_shape(("H", channel.shape[:-2]), ("P", power.shape[:-1]), ("C", noise.shape[:-2]))
-    return channel * power.sqrt()[..., None, :], noise, eps
+    if power.requires_grad and torch.is_grad_enabled() and bool((power.detach() == 0).any()):
+        raise TypeError("P: requires a gradient, but a user is silent, and amplitudes have none at P = 0; leave it out")
+    B = channel * power.sqrt()[..., None, :]
+    return Received(B, noise, received_power(channel, power), resolution(H), resolution(C))
+
+
+def received_power(H: Tensor, P: Tensor) -> Tensor:
+    """(..., Q) power of every user over all antennas, up to a common factor: what users are ordered by."""
+    peak = largest(H, dims=2)[..., None]
+    return P.detach() * (H.detach() / torch.where(peak > 0, peak, 1.0)[..., None]).abs().square().sum(-2)

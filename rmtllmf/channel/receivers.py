@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._arrays import Array, ArrayLike, Inputs, batch_shape, check_hermitian, resolution
 from ..errors import InputError, ShapeError
-from ._filters import Whitened, linear_filters, sic_filters, whiten
+from ._filters import Received, filters
 from .rate import received
 
 __all__ = ["Reception", "lmmse", "sic"]
@@ -88,12 +88,11 @@ def sic(
         >>> bool(aware.mse.mean() < unaware.mse.mean())
         True
     """
-    inputs = Inputs.of(H, "H", P, C, designed_for)
-    B, noise, eps = received(inputs, H, P, C)
-    sequence = decoding_order(inputs, order, B)
-    seen = design_noise(inputs, B, noise, designed_for, eps)
-    F, W = sic_filters(seen, sequence)
-    return _reception(inputs, F, W, None if designed_for is None else noise, sequence.expand(*F.shape[:-2], -1))
+    inputs = Inputs.of(H, "H", P, C, designed_for, order)
+    link = received(inputs, H, P, C)
+    sequence = decoding_order(inputs, order, link.strength)
+    F, W = designed_filters(inputs, link, designed_for, sequence)
+    return _reception(inputs, link, F, W, matched=designed_for is None, order=sequence)
 
 
 def lmmse(H: Array, P: ArrayLike, C: Array, *, designed_for: Array | None = None) -> Reception:
@@ -127,26 +126,28 @@ def lmmse(H: Array, P: ArrayLike, C: Array, *, designed_for: Array | None = None
                [0. , 0.5]])
     """
     inputs = Inputs.of(H, "H", P, C, designed_for)
-    B, noise, eps = received(inputs, H, P, C)
-    seen = design_noise(inputs, B, noise, designed_for, eps)
-    F, W = linear_filters(seen)
-    return _reception(inputs, F, W, None if designed_for is None else noise, None)
+    link = received(inputs, H, P, C)
+    F, W = designed_filters(inputs, link, designed_for, None)
+    return _reception(inputs, link, F, W, matched=designed_for is None, order=None)
 
 
-def design_noise(inputs: Inputs, B: Tensor, noise: Tensor, designed_for: Array | None, eps: float) -> Whitened:
+def designed_filters(
+    inputs: Inputs, link: Received, designed_for: Array | None, order: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Filters for the noise that the receiver believes in; `order` None: linear."""
     if designed_for is None:
-        return whiten(B, noise, "C", eps)
-    design = inputs.complex(designed_for, "designed_for", real_too=True)
-    eps = max(eps, resolution(designed_for))
-    check_hermitian(design, B.shape[-2], "designed_for", eps)
-    batch_shape(("H", B.shape[:-2]), ("C", noise.shape[:-2]), ("designed_for", design.shape[:-2]))
-    return whiten(B, design, "designed_for", eps)
+        return filters(link, link.noise, "C", link.eps_noise, order)
+    design, eps = inputs.complex(designed_for, "designed_for", real_too=True), resolution(designed_for)
+    check_hermitian(design, link.B.shape[-2], "designed_for", eps)
+    batch_shape(("H", link.B.shape[:-2]), ("C", link.noise.shape[:-2]), ("designed_for", design.shape[:-2]))
+    return filters(link, design, "designed_for", eps, order)
 
 
-def decoding_order(inputs: Inputs, order: str | Array, B: Tensor) -> Tensor:
-    users = B.shape[-1]
+def decoding_order(inputs: Inputs, order: str | Array, strength: Tensor) -> Tensor:
+    """(..., Q) users, first decoded first; `strength` (..., Q) is what they are received with."""
+    users = strength.shape[-1]
     if isinstance(order, str):
-        ascending = B.detach().abs().square().sum(-2).sort(dim=-1, stable=True).indices
+        ascending = strength.sort(dim=-1, stable=True).indices
         if order == "weakest_first":
             return ascending
         if order == "strongest_first":
@@ -157,22 +158,26 @@ def decoding_order(inputs: Inputs, order: str | Array, B: Tensor) -> Tensor:
         raise ShapeError(f"order: expected shape (..., {users}), got {tuple(sequence.shape)}")
     if not torch.equal(sequence.sort(-1).values, torch.arange(users).to(sequence).expand_as(sequence)):
         raise InputError(f"order: expected each of 0..{users - 1} once, first decoded first")
-    batch_shape(("H and P", B.shape[:-2]), ("order", sequence.shape[:-1]))
+    batch_shape(("H and P", strength.shape[:-1]), ("order", sequence.shape[:-1]))
     return sequence.to(torch.int64)
 
 
-def _reception(inputs: Inputs, F: Tensor, W: Tensor, noise: Tensor | None, order: Tensor | None) -> Reception:
-    """From the filters' leftovers `F` (G = I - F^H) and `W`; `noise` is None when the receiver is matched."""
+def _reception(
+    inputs: Inputs, link: Received, F: Tensor, W: Tensor, *, matched: bool, order: Tensor | None
+) -> Reception:
+    """From the filters `W` and what they leave, `F`: ``G = I - F^H`` on the users present."""
     left = torch.diagonal(F, dim1=-2, dim2=-1).real
-    gain = 1 - left
-    if noise is None:
+    # the gain two ways: each without cancellation where the other one has it
+    gain = torch.where(left > 0.5, (link.B.conj() * W).sum(-2).real, 1 - left)
+    if matched:
         mse = left
         E = F if order is None else torch.diag_embed(mse).to(F.dtype)
         shrink = torch.diag_embed(mse).to(F.dtype)
         N = E - F.mH @ shrink - shrink @ F + shrink.square()
+        N = N + torch.diag_embed(mse * gain - torch.diagonal(N, dim1=-2, dim2=-1))
         sinr = torch.where(mse > 0, gain / torch.where(mse > 0, mse, 1.0), torch.inf)
     else:
-        heard = W.mH @ noise @ W
+        heard = W.mH @ link.noise @ W
         E = F.mH @ F + heard
         interference = F - torch.diag_embed(left).to(F.dtype)
         N = interference.mH @ interference + heard

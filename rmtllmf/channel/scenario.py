@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._random import Seed, generator, seed_number
-from .._state import finite_number
+from .._state import finite_number, whole_number
 from ..errors import InputError
 from ._placement import Placement, draw_azimuths, draw_distances, given_places
 from .fading import Correlation, Fading, Rician, Shadowing, antenna_correlation, draw_fading, draw_shadowing
@@ -97,15 +97,13 @@ class UplinkScenario:
     def __post_init__(self) -> None:
         for name in ("num_users", "num_antennas"):
             count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, int):
-                raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
-            if count < 1:
-                raise InputError(f"{name}: expected at least 1, got {count}")
+            object.__setattr__(self, name, whole_number(count, name, at_least=1))
         for name in ("min_distance", "max_distance", "carrier", "bandwidth"):
             finite_number(getattr(self, name), name, positive=True)
         if finite_number(self.power, "power") < 0:
             raise InputError(f"power: expected at least 0 W, got {self.power}")
-        finite_number(self.noise_figure, "noise_figure")
+        if abs(finite_number(self.noise_figure, "noise_figure")) > 300:
+            raise InputError(f"noise_figure: expected decibels, at most 300 either way, got {self.noise_figure}")
         if self.max_distance < self.min_distance:
             raise InputError(
                 f"max_distance: expected at least min_distance, {self.min_distance} m, got {self.max_distance} m"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .._arrays import Array, Inputs
 from .._random import Seed, generator, seed_number
-from .._state import finite_number
+from .._state import finite_number, whole_number
 from ..errors import InputError, NonFiniteError, ShapeError
 from .path_loss import BASE_HEIGHT, MODELS, USER_HEIGHT
 from .scenario import UplinkScenario
@@ -102,7 +102,7 @@ def sionna_uplink(
     users = torch.stack([x, y, torch.full_like(x, USER_HEIGHT)], dim=-1)
     model = _model(scenario, cell, path_loss=path_loss, shadowing=shadowing)
     responses = [
-        _responses(model, part, BASE_HEIGHT[scenario], los, offset, generator(number, "sionna", index).initial_seed())
+        _responses(model, part, BASE_HEIGHT[scenario], los, offset, generator(number, "sionna", index))
         for index, part in enumerate(users.split(_CHUNK))
         if len(part)
     ]
@@ -138,8 +138,9 @@ def ldpc_encode(bits: Array, n: int) -> Any:
         raise ShapeError("bits: expected shape (..., k), got ()")
     if given.is_complex() or not bool(((given == 0) | (given == 1)).all()):
         raise InputError("bits: expected zeros and ones")
+    n = whole_number(n, "n", at_least=1)
     encoder, _ = _code(given.shape[-1], n, 20, str(given.device))
-    with _sandbox(0):
+    with _sandbox():
         coded = encoder(given.reshape(-1, given.shape[-1]).to(torch.float32))
     coded = coded.reshape(*given.shape[:-1], n).to(given.dtype)
     return coded if isinstance(bits, Tensor) else coded.numpy()
@@ -174,10 +175,10 @@ def ldpc_decode(llr: Array, k: int, *, iterations: int = 20) -> Any:
     ratios = inputs.real(llr, "llr")
     if ratios.ndim == 0:
         raise ShapeError("llr: expected shape (..., n), got ()")
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise InputError(f"iterations: expected a whole number of at least 1, got {iterations!r}")
+    iterations = whole_number(iterations, "iterations", at_least=1)
+    k = whole_number(k, "k", at_least=1)
     _, decoder = _code(k, ratios.shape[-1], iterations, str(ratios.device))
-    with _sandbox(0):
+    with _sandbox():
         decided = decoder(-ratios.reshape(-1, ratios.shape[-1]).to(torch.float32))
     decided = decided.reshape(*ratios.shape[:-1], k).to(torch.int64)
     return decided.numpy() if inputs.numpy else decided
@@ -194,7 +195,7 @@ def _check_cell(cell: UplinkScenario, scenario: str) -> None:
 
 def _model(scenario: str, cell: UplinkScenario, *, path_loss: bool, shadowing: bool) -> Any:
     """One of Sionna's channel models, always in double precision on the CPU."""
-    with _sandbox(0) as phy:
+    with _sandbox() as phy:
         tr38901 = phy.channel.tr38901
         where = {"precision": "double", "device": "cpu"}
         row = {"num_rows_per_panel": 1, "polarization": "single", "polarization_type": "V", "antenna_pattern": "omni"}
@@ -212,7 +213,9 @@ def _model(scenario: str, cell: UplinkScenario, *, path_loss: bool, shadowing: b
         )
 
 
-def _responses(model: Any, users: Tensor, base_height: float, los: bool | None, offset: float, seed: int) -> Tensor:
+def _responses(
+    model: Any, users: Tensor, base_height: float, los: bool | None, offset: float, source: torch.Generator
+) -> Tensor:
     """Frequency responses (B, N_R, Q) at `offset` from the carrier, for users at (B, Q, 3)."""
     draws, count, _ = users.shape
     base = torch.tensor([0.0, 0.0, base_height], dtype=torch.float64).expand(draws, 1, 3)
@@ -220,7 +223,7 @@ def _responses(model: Any, users: Tensor, base_height: float, los: bool | None, 
     outdoors = torch.zeros(draws, count, dtype=torch.bool)
     # from version 2.1 on users in a rural cell sit in cars, unless one says that they do not
     feet = {"in_car": outdoors} if model.__class__.__name__ == "RMa" and _knows(model.set_topology, "in_car") else {}
-    with _sandbox(seed), torch.no_grad():
+    with _sandbox(source), torch.no_grad():
         model.reset_topology() if hasattr(model, "reset_topology") else None
         model.set_topology(
             ut_loc=users,
@@ -242,11 +245,7 @@ def _responses(model: Any, users: Tensor, base_height: float, los: bool | None, 
 
 @lru_cache(maxsize=16)
 def _code(k: int, n: int, iterations: int, device: str) -> tuple[Any, Any]:
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"n: expected an int, got {type(n).__name__}")
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k: expected an int, got {type(k).__name__}")
-    with _sandbox(0) as phy:
+    with _sandbox() as phy:
         where = {"precision": "single", "device": device}
         try:
             encoder = phy.fec.ldpc.LDPC5GEncoder(k, n, **where)
@@ -260,14 +259,15 @@ def _knows(function: Any, parameter: str) -> bool:
 
 
 @contextmanager
-def _sandbox(seed: int) -> Iterator[Any]:
-    """``sionna.phy``, drawing from `seed`; afterwards all generators, torch's and Sionna's, are as they were."""
+def _sandbox(source: torch.Generator | None = None) -> Iterator[Any]:
+    """``sionna.phy``, drawing what `source` would draw; afterwards all generators, torch's and Sionna's, are as they were."""
     with _generators_kept():
         phy = _sionna()
         own = phy.config.torch_rng("cpu")
         state = own.get_state()
-        own.manual_seed(seed)
-        torch.default_generator.manual_seed(seed)
+        if source is not None:
+            own.set_state(source.get_state())
+            torch.default_generator.set_state(source.get_state())
         try:
             yield phy
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ __all__ = ["transmit_symbols"]
 
 
 def transmit_symbols(
-    vectors: Sequence[Tensors],
+    vectors: Iterable[Tensors],
     H: Array,
     P: ArrayLike,
     C: Array,
@@ -106,7 +106,7 @@ def transmit_symbols(
     modem = _modem(stream, flat, modulation, bits, quantiser, decisions, per_tensor, scale)
     if cancellation not in CANCELLATIONS:
         raise InputError(f"cancellation: expected one of {', '.join(map(repr, CANCELLATIONS))}, got {cancellation!r}")
-    ends = front_ends(H, P, C, designed_for, order, receiver, len(vectors))
+    ends = front_ends(H, P, C, designed_for, order, receiver, len(stream.vectors))
     total = modem.symbols(stream.length)
     check_blocks(len(ends), total, "H")
     number, source = seed_number(seed), torch.Generator(device=stream.device)

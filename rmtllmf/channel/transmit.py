@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ _CHUNK = 1 << 16  # coefficients per chunk of noise: even, so that a symbol neve
 
 
 def transmit(
-    vectors: Sequence[Tensors],
+    vectors: Iterable[Tensors],
     reception: Reception | ArrayLike,
     *,
     seed: Seed,
@@ -48,7 +48,7 @@ def transmit(
 
     Args:
         vectors: Q mappings of name -> tensor with the same keys and shapes. Integer, boolean and running-statistics
-            entries are carried as they are, tied tensors are sent once. Not written to.
+            entries are carried as they are (copies); tied tensors (two names, one memory) are sent once.
         reception: a `Reception` of Q users, whose error correlations are honoured; or the bare MSEs, (Q,) or a
             number for all, of a matched receiver with independent errors (:math:`g = 1 - \mu`,
             :math:`N = \mathrm{diag}(\mu(1-\mu))`). With a leading dimension of blocks, (blocks, Q): block fading over
@@ -85,8 +85,8 @@ def transmit(
     stream = Stream.of(vectors)
     if estimator not in ESTIMATORS:
         raise InputError(f"estimator: expected one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}")
-    link = link_of(reception, len(vectors), estimator)
-    scale_of = [scales(vector, stream.keys, scale, f"vectors[{q}]") for q, vector in enumerate(vectors)]
+    link = link_of(reception, len(stream.vectors), estimator)
+    scale_of = [scales(vector, stream.keys, scale, f"vectors[{q}]") for q, vector in enumerate(stream.vectors)]
     check_blocks(link.blocks, (stream.length + 1) // 2, "reception")
     return stream.rebuilt(_bend(stream, link, scale_of, seed_number(seed)))
 

@@ -29,6 +29,8 @@ class Uplink:
         P: (..., Q) transmit powers in W.
         noise: (...) thermal noise power per receive antenna in W.
 
+    All three become arrays of one kind (torch if any is) and one precision (that of `H`), `P` of the shape above.
+
     Raises:
         TypeError: `H` is real.
         ShapeError: the shapes do not fit.
@@ -54,12 +56,13 @@ class Uplink:
         P = powers(inputs.nonnegative(self.P, "P"), H)
         noise = inputs.nonnegative(self.noise, "noise")
         batch_shape(("H", H.shape[:-2]), ("P", P.shape[:-1]), ("noise", noise.shape))
+        for name, tensor in (("H", H), ("P", P), ("noise", noise)):
+            object.__setattr__(self, name, inputs.back(tensor))
 
     @property
     def noise_covariance(self) -> Any:
-        """Covariance of the thermal noise, ``noise * I`` of shape (..., N_R, N_R), complex like `H`."""
+        """Covariance of the thermal noise, ``noise * I``: (..., N_R, N_R), complex like `H`."""
         size = self.H.shape[-2]
         if isinstance(self.H, Tensor):
-            noise = torch.as_tensor(self.noise, device=self.H.device)
-            return noise[..., None, None] * torch.eye(size, dtype=self.H.dtype, device=self.H.device)
+            return self.noise[..., None, None] * torch.eye(size, dtype=self.H.dtype, device=self.H.device)
         return np.asarray(self.noise)[..., None, None] * np.eye(size, dtype=self.H.dtype)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .._state import (
     StateLike,
     Tensors,
+    as_vectors,
     check_keys,
-    check_same_states,
     check_shapes,
     finite_number,
     heuristic_scale,
@@ -97,15 +97,15 @@ def weight_disentanglement_error(
     joint_scale = heuristic_scale(len(named)) if scale is None else finite_number(scale, "scale")
     own_scale = joint_scale if single_scale is None else finite_number(single_scale, "single_scale")
     origin = state_of(model, base, "base")
-    check_same_states(taus, "vectors")
+    checked = as_vectors(taus, "vectors")
     bendable = {key: tensor for key, tensor in origin.items() if is_bendable(key, tensor)}
-    check_keys(taus[0], bendable, "vectors", "the floating-point entries of base")
-    check_shapes(taus[0], bendable, "vectors", "base")
+    check_keys(checked[0], bendable, "vectors", "the floating-point entries of base")
+    check_shapes(checked[0], bendable, "vectors", "base")
 
-    joint = WithState(model, _moved_by(origin, joint_scale, *taus))
+    joint = WithState(model, _moved_by(origin, joint_scale, *checked))
     shares = {}
     with mode(False, model, *(task.head for task in named.values())):
-        for (name, task), tau in zip(named.items(), taus, strict=True):
+        for (name, task), tau in zip(named.items(), checked, strict=True):
             alone = WithState(model, _moved_by(origin, own_scale, tau))
             differ = count = 0
             for inputs, _ in pairs(task.batches, f"tasks[{name!r}]", device_of(model)):

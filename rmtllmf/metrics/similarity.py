@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._state import Tensors, check_finite, check_same_states
+from .._state import Tensors, as_vectors, check_finite
 from ..errors import InputError
 
 __all__ = ["cosine_similarity"]
@@ -41,7 +41,8 @@ def cosine_similarity(vectors: Sequence[Tensors]) -> Tensor:
         tensor([[1.0000, 0.6000],
                 [0.6000, 1.0000]], dtype=torch.float64)
     """
-    keys = check_same_states(vectors, "vectors")
+    vectors = as_vectors(vectors, "vectors")
+    keys = sorted(vectors[0])
     for index, vector in enumerate(vectors):
         check_finite(vector, f"vectors[{index}]")
         for key, tensor in vector.items():

@@ -11,9 +11,9 @@ from .._state import (
     StateLike,
     Tensors,
     as_state,
+    as_vectors,
     check_dtypes,
     check_keys,
-    check_same_states,
     check_shapes,
     identity,
     select_names,
@@ -94,7 +94,7 @@ def resilient_fusion(
     check_keys(original, current, "base", "model")
     check_shapes(original, current, "base", "model")
     check_dtypes(original, current, "base", "model")
-    check_same_states(received, "received")
+    received = as_vectors(received, "received")
     names = _frozen_names(model, current, frozen)
     plan = prepare(
         model,
@@ -114,7 +114,10 @@ def resilient_fusion(
         raise TypeError(f"rule: expected it to return a mapping of name -> tensor, got {type(update).__name__}")
     if not isinstance(update, TaskVector):
         update = TaskVector(update)
-    model.load_state_dict(restore(update.apply_to(original), original, names))
+    # what is restored anyway need not be fused first; tied names may have been bent each on its own
+    rest = [name for name in update if name not in names]
+    fused = update.select(rest).apply_to(original) if rest else original
+    model.load_state_dict(restore(fused, original, names))
     return plan.run()
 
 

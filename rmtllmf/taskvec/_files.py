@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Hashable
 
 import torch
@@ -15,6 +15,7 @@ from .._state import Tensors, identity
 from ..errors import InputError
 
 _KIND = "task_vector"
+_VERSION = "1"
 
 
 def save_tensors(tensors: Tensors, path: str | os.PathLike[str]) -> None:
@@ -37,14 +38,14 @@ def save_tensors(tensors: Tensors, path: str | os.PathLike[str]) -> None:
             value = value.clone()  # a view of a larger or shared memory; the format stores whole ones
         storages.add(value.untyped_storage().data_ptr())
         stored[key] = value
-    metadata = {"rmtllmf": _KIND, "version": "1", "tied": json.dumps(tied)}
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(target) or ".", prefix=".", suffix=".part")
-    os.close(handle)
+    metadata = {"rmtllmf": _KIND, "version": _VERSION, "tied": json.dumps(tied)}
+    folder, name = os.path.split(target)
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # as the umask has it
     try:
         save_file(stored, temporary, metadata)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -54,24 +55,29 @@ def save_tensors(tensors: Tensors, path: str | os.PathLike[str]) -> None:
 
 def load_tensors(path: str | os.PathLike[str], device: torch.device | str) -> dict[str, Tensor]:
     """What `save_tensors` wrote, ties included; an error for any other safetensors file."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     source = _checked(path)
-    if not os.path.exists(source):
+    if not os.path.isfile(source):
         raise FileNotFoundError(f"path: there is no file {source!r}")
-    with safe_open(source, framework="pt", device=str(device)) as file:
-        metadata = file.metadata() or {}
-        if metadata.get("rmtllmf") != _KIND:
-            raise InputError(
-                f"path: {source!r} holds no task vector written by TaskVector.save; for a whole model use "
-                "TaskVector.between(base, path)"
-            )
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    tied = json.loads(metadata.get("tied", "{}"))
-    for key, original in tied.items():
-        if original not in tensors or key in tensors:
-            raise InputError(f"path: {source!r} is damaged: {key!r} is tied to {original!r}")
-    return tensors | {key: tensors[original] for key, original in tied.items()}
+    try:
+        with safe_open(source, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("rmtllmf") != _KIND:
+                raise InputError(
+                    f"path: {source!r} holds no task vector written by TaskVector.save; for a whole model use "
+                    "TaskVector.between(base, path)"
+                )
+            if metadata.get("version") != _VERSION:
+                raise InputError(f"path: {source!r} is of version {metadata.get('version')!r}; expected {_VERSION!r}")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise InputError(f"path: {source!r} is no safetensors file ({error})") from None
+    try:
+        tied = dict(json.loads(metadata.get("tied", "{}")).items())
+        return tensors | {key: tensors[original] for key, original in tied.items() if key not in tensors}
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise InputError(f"path: {source!r} is damaged: its ties {metadata.get('tied')!r} make no sense") from None
 
 
 def _checked(path: str | os.PathLike[str]) -> str:
@@ -79,9 +85,3 @@ def _checked(path: str | os.PathLike[str]) -> str:
     if not isinstance(name, str) or not name.endswith(".safetensors"):
         raise InputError(f"path: expected a path that ends in .safetensors, got {name!r}")
     return name
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -10,12 +10,13 @@ from torch import Tensor
 from .._state import (
     Tensors,
     all_finite,
+    as_vectors,
     check_finite,
-    check_same_states,
     finite_number,
     heuristic_scale,
     is_bendable,
     map_tied,
+    wide,
 )
 from ..errors import InputError, NonFiniteError
 from .vector import TaskVector
@@ -23,7 +24,7 @@ from .vector import TaskVector
 __all__ = ["heuristic_scale", "task_arithmetic"]
 
 
-def task_arithmetic(vectors: Sequence[Tensors], scale: float | None = None) -> TaskVector:
+def task_arithmetic(vectors: Iterable[Tensors], scale: float | None = None) -> TaskVector:
     r"""The fused update of task arithmetic.
 
     .. math:: \tau = \lambda_N \sum_{q=1}^{N} \tau_q
@@ -35,7 +36,7 @@ def task_arithmetic(vectors: Sequence[Tensors], scale: float | None = None) -> T
 
     Returns:
         The update, a `TaskVector`; ``update.apply_to(base)`` makes the model. Added up in the order given, in float32
-        at least, and returned in the vectors' dtype.
+        at least, and returned in the vectors' dtype (the wider one where they differ).
 
     Raises:
         InputError: no vectors, or a `scale` that is not finite. StateMismatchError: keys or shapes disagree.
@@ -49,25 +50,25 @@ def task_arithmetic(vectors: Sequence[Tensors], scale: float | None = None) -> T
         >>> update.apply_to({"w": torch.tensor([10.0])})
         {'w': tensor([12.])}
     """
-    check_same_states(vectors, "vectors")
-    factor = heuristic_scale(len(vectors)) if scale is None else finite_number(scale, "scale")
-    keys = [key for key in vectors[0] if is_bendable(key, vectors[0][key])]
+    states = as_vectors(vectors, "vectors")
+    factor = heuristic_scale(len(states)) if scale is None else finite_number(scale, "scale")
+    keys = [key for key, tensor in states[0].items() if is_bendable(key, tensor)]
     if not keys:
         raise InputError("vectors: hold no floating-point entries, so there is nothing to add up")
 
     def scaled_sum(*tensors: Tensor) -> Tensor:
-        dtype = tensors[0].dtype
+        dtypes = {tensor.dtype for tensor in tensors}
+        total = wide(tensors[0])
+        total = total.to(torch.float64 if torch.float64 in dtypes else torch.float32, copy=total is tensors[0])
         for tensor in tensors[1:]:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-        total = tensors[0].to(torch.promote_types(dtype, torch.float32), copy=True)
-        for tensor in tensors[1:]:
-            total += tensor
-        return total.mul_(factor).to(dtype)
+            total += tensor.to(total.dtype)
+        total *= factor
+        return total.to(dtypes.pop()) if len(dtypes) == 1 else total
 
-    fused = map_tied(scaled_sum, keys, *vectors)
+    fused = map_tied(scaled_sum, keys, *states)
     for key, value in fused.items():
         if not all_finite(value):
-            for index, vector in enumerate(vectors):
-                check_finite({key: vector[key]}, f"vectors[{index}]")
+            for index, state in enumerate(states):
+                check_finite({key: state[key]}, f"vectors[{index}]")
             raise NonFiniteError(f"the sum of vectors[...][{key!r}] overflows {value.dtype}")
     return TaskVector(fused)

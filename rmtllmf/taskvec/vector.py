@@ -13,21 +13,18 @@ from torch import Tensor, nn
 from .._state import (
     StateLike,
     Tensors,
-    all_finite,
     as_state,
-    check_dtypes,
     check_finite,
     check_keys,
     check_shapes,
     finite_number,
     inner_product,
-    is_bendable,
     map_tied,
-    quoted,
     select_names,
 )
-from ..errors import InputError, NonFiniteError, StateMismatchError
+from ..errors import InputError
 from ._files import load_tensors, save_tensors
+from ._models import applied, differences
 
 __all__ = ["TaskVector"]
 
@@ -57,7 +54,8 @@ class TaskVector(Mapping[str, Tensor]):
         (tensor([1.5000, 2.0000]), 5.0)
     """
 
-    __slots__ = ("_tensors",)
+    __slots__ = ("__weakref__", "_tensors")
+    __array_ufunc__ = None  # so that a NumPy number on the left leaves the multiplication to __rmul__
     _tensors: Mapping[str, Tensor]
 
     def __init__(self, tensors: Tensors) -> None:
@@ -71,6 +69,7 @@ class TaskVector(Mapping[str, Tensor]):
                     "comes from the base model"
                 )
         check_finite(state, "tensors")
+        state = map_tied(lambda tensor: tensor, state, state)  # one object for each tie: copies and pickles keep it
         object.__setattr__(self, "_tensors", MappingProxyType(state))
 
     @classmethod
@@ -105,20 +104,7 @@ class TaskVector(Mapping[str, Tensor]):
             >>> dict(TaskVector.between(base, tuned))
             {'w': tensor([0.5000, 0.0000])}
         """
-        old, new = as_state(base, "base"), as_state(finetuned, "finetuned")
-        check_keys(new, old, "finetuned", "base")
-        check_shapes(new, old, "finetuned", "base")
-        check_dtypes(new, old, "finetuned", "base")
-        keys = [key for key in old if is_bendable(key, old[key])]
-        if not keys:
-            raise InputError("base: holds no floating-point parameters, so there is nothing to fine-tune")
-        deltas = map_tied(_difference, keys, old, new)
-        for key, delta in deltas.items():
-            if not all_finite(delta):
-                raise NonFiniteError(
-                    f"finetuned[{key!r}] - base[{key!r}] holds NaN or infinity, which is not the same in both models"
-                )
-        return cls._of(deltas)
+        return cls._of(differences(base, finetuned))
 
     @overload
     def apply_to(self, base: _Module, scale: float = 1.0) -> _Module: ...
@@ -133,12 +119,14 @@ class TaskVector(Mapping[str, Tensor]):
 
         Returns:
             For a state dict a new one, in the base's dtypes (half precision is added up in float32), sharing no memory
-            with `base`; entries that the vector does not name are copies of the base's. A module is loaded in place,
-            and returned.
+            with `base`; entries that the vector does not name are copies of the base's. A module is changed in place,
+            and returned. What is tied in the base moves together, under whichever of its names the vector has it.
 
         Raises:
-            StateMismatchError: the vector names a key that `base` lacks or that has another shape there.
+            StateMismatchError: the vector names a key that `base` lacks or that has another shape there, or changes
+                two names of one tied tensor differently.
             TypeError: `base` is neither, or its entry is no floating-point tensor.
+            NonFiniteError: the sum overflows the base's dtype.
 
         Example:
             >>> import torch
@@ -146,24 +134,7 @@ class TaskVector(Mapping[str, Tensor]):
             >>> tau.apply_to({"w": torch.tensor([2.0]), "steps": torch.tensor(7)}, scale=0.5)
             {'w': tensor([2.5000]), 'steps': tensor(7)}
         """
-        factor = finite_number(scale, "scale")
-        state = as_state(base, "base")
-        unknown = set(self) - set(state)
-        if unknown:
-            raise StateMismatchError(f"base lacks {quoted(unknown)}, which the task vector changes")
-        check_shapes(self, state, "the task vector", "base")
-        for key in self:
-            if not is_bendable(key, state[key]):
-                raise TypeError(f"base[{key!r}] is {state[key].dtype} or a running statistic; it cannot be changed")
-        moved = map_tied(
-            lambda old, delta: _add(old, delta, factor), [key for key in state if key in self], state, self
-        )
-        kept = map_tied(lambda old: old.detach().clone(), [key for key in state if key not in self], state)
-        result = {key: moved[key] if key in moved else kept[key] for key in state}
-        if isinstance(base, nn.Module):
-            base.load_state_dict(result)
-            return base
-        return result
+        return applied(self, base, scale)
 
     def __getitem__(self, key: str) -> Tensor:
         return self._tensors[key]
@@ -177,6 +148,9 @@ class TaskVector(Mapping[str, Tensor]):
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("a TaskVector is immutable; arithmetic, map() and select() give new ones")
 
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError("a TaskVector is immutable")
+
     __eq__ = object.__eq__  # comparing tensors has no single answer; Mapping's would raise
     __hash__ = object.__hash__
 
@@ -189,11 +163,7 @@ class TaskVector(Mapping[str, Tensor]):
         return f"TaskVector({len(self)} tensors, {entries:,} entries, {dtypes})"
 
     def __add__(self, other: Tensors) -> Self:
-        if not isinstance(other, Mapping):
-            return NotImplemented
-        check_keys(other, self, "the right operand", "the left one")
-        check_shapes(other, self, "the right operand", "the left one")
-        return self._of(map_tied(torch.add, self, self, other))
+        return self._combined(torch.add, other)
 
     def __radd__(self, other: object) -> Self:
         if isinstance(other, int) and other == 0:  # the start of sum()
@@ -201,11 +171,7 @@ class TaskVector(Mapping[str, Tensor]):
         return NotImplemented
 
     def __sub__(self, other: Tensors) -> Self:
-        if not isinstance(other, Mapping):
-            return NotImplemented
-        check_keys(other, self, "the right operand", "the left one")
-        check_shapes(other, self, "the right operand", "the left one")
-        return self._of(map_tied(torch.sub, self, self, other))
+        return self._combined(torch.sub, other)
 
     def __neg__(self) -> Self:
         return self._of(map_tied(torch.neg, self, self))
@@ -213,20 +179,35 @@ class TaskVector(Mapping[str, Tensor]):
     def __mul__(self, factor: float | Tensor) -> Self:
         if isinstance(factor, Mapping):
             return NotImplemented
-        if not isinstance(factor, Tensor):
-            factor = finite_number(factor, "factor")
-        elif factor.ndim != 0:
-            raise InputError(f"factor: expected one number, got a tensor of shape {tuple(factor.shape)}")
-        return self._of(map_tied(lambda tensor: tensor * factor, self, self))
+        number = _scalar(factor, "factor")
+        return self._finite(map_tied(lambda tensor: tensor * number, self, self), "the product")
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float | Tensor) -> Self:
         if isinstance(divisor, Mapping):
             return NotImplemented
-        if not isinstance(divisor, Tensor) and finite_number(divisor, "divisor") == 0:
+        number = _scalar(divisor, "divisor")
+        if float(number.detach() if isinstance(number, Tensor) else number) == 0:
             raise ZeroDivisionError("divisor: a task vector cannot be divided by 0")
-        return self * (1 / divisor)
+        return self._finite(map_tied(lambda tensor: tensor / number, self, self), "the quotient")
+
+    def _combined(self, operation: Callable[[Tensor, Tensor], Tensor], other: Tensors) -> Self:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        right = other if isinstance(other, TaskVector) else as_state(other, "the right operand")
+        check_keys(right, self, "the right operand", "the left one")
+        check_shapes(right, self, "the right operand", "the left one")
+        for key, tensor in right.items():
+            if not tensor.is_floating_point():
+                raise TypeError(f"the right operand[{key!r}] is {tensor.dtype}; expected floating-point entries")
+        return self._finite(map_tied(operation, self, self, right), "the result")
+
+    @classmethod
+    def _finite(cls, tensors: dict[str, Tensor], argument: str) -> Self:
+        """The guard: one pass over what comes out, and no vector that could not be saved and loaded again."""
+        check_finite(tensors, argument)
+        return cls._of(tensors)
 
     def norm(self) -> float:
         """The Euclidean norm over all entries, accumulated in float64.
@@ -246,9 +227,10 @@ class TaskVector(Mapping[str, Tensor]):
             >>> TaskVector({"a": torch.tensor([3.0])}).dot({"a": torch.tensor([2.0])})
             6.0
         """
-        check_keys(other, self, "other", "this vector")
-        check_shapes(other, self, "other", "this vector")
-        return float(sum(inner_product(self[key], other[key]) for key in sorted(self)))
+        right = as_state(other, "other")
+        check_keys(right, self, "other", "this vector")
+        check_shapes(right, self, "other", "this vector")
+        return float(sum(inner_product(self[key], right[key]) for key in sorted(self)))
 
     def select(self, keys: str | Iterable[str]) -> Self:
         """The part named by `keys`: names, or globs such as ``"*.attn.*"``; one that matches nothing is an error.
@@ -276,12 +258,14 @@ class TaskVector(Mapping[str, Tensor]):
             >>> dict(tau.map(lambda name, tensor: tensor * (name == "b")))
             {'a': tensor([0.]), 'b': tensor([4.])}
         """
+        if not callable(function):
+            raise TypeError(f"function: expected a function of name and tensor, got {type(function).__name__}")
         result = {key: function(key, tensor) for key, tensor in self.items()}
         for key, value in result.items():
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"function: expected a floating-point tensor for {key!r}, got {kind}")
-        return self._of(result)
+        return self._finite(result, "function's result")
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """On another device or in another floating dtype, with the arguments of ``torch.Tensor.to``.
@@ -295,7 +279,7 @@ class TaskVector(Mapping[str, Tensor]):
         for key, value in result.items():
             if not value.is_floating_point():
                 raise TypeError(f"to: a task vector holds floating-point entries only, got {value.dtype} for {key!r}")
-        return self._of(result)
+        return self._finite(result, "to")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, atomically: a reader sees the old file or the new one, never a part.
@@ -332,19 +316,9 @@ def _rebuild(cls: type[TaskVector], tensors: dict[str, Tensor]) -> TaskVector:
     return cls._of(tensors)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """In float32 at least: half precision is for storage."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)
-
-
-def _add(old: Tensor, delta: Tensor, scale: float) -> Tensor:
-    return torch.add(_wide(old.detach()), delta.to(old.device), alpha=scale).to(old.dtype)
-
-
-def _difference(before: Tensor, after: Tensor) -> Tensor:
-    before, after = before.detach(), after.detach().to(before.device)
-    delta = _wide(after) - _wide(before)
-    if not all_finite(delta):
-        same = (before == after) | (before.isnan() & after.isnan())
-        delta = torch.where(same, torch.zeros_like(delta), delta)
-    return delta
+def _scalar(value: object, argument: str) -> float | Tensor:
+    """A finite real number, or a tensor of one (its gradient is kept)."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        finite_number(value.detach(), argument)
+        return value
+    return finite_number(value, argument)

@@ -78,7 +78,9 @@ def test_it_warns_once_when_the_jammer_sits_on_the_signal(jammer):
         C = strongest_user_covariance(up.H, up.P, 124 * up.noise)
     else:
         C = worst_case_covariance(up.H, up.P, 124 * up.noise, noise=up.noise)
-    with pytest.warns(RmtllmfWarning, match=r"1 strongest directions of C hold 4\d% of the users' energy") as caught:
+    with pytest.warns(
+        RmtllmfWarning, match=r"1 strongest directions of C hold (4\d|50)% of the users' energy"
+    ) as caught:
         null_directions(up.H, C, 1)
     assert len(caught) == 1
     assert caught[0].filename == __file__

@@ -16,6 +16,7 @@ from rmtllmf.channel import (
     sic,
     strongest_user_covariance,
     sum_rate,
+    worst_case,
     worst_case_covariance,
 )
 
@@ -261,3 +262,86 @@ def test_gradients_pass_through_receivers_rates_and_the_simpler_jammers():
         return sum_rate(H, P, white), unaware.mse, unaware.rate, linear.error_covariance, sic(H, P, jammed).sinr
 
     assert torch.autograd.gradcheck(outputs, (H, P, power))
+
+
+@pytest.mark.parametrize("weakness", [1e-3, 1e-8, 1e-14])
+def test_small_rates_keep_their_digits(weakness):
+    """Powers far below the noise: against the first-order expansion, whose error is the square of the SINR."""
+    rng = np.random.default_rng(12)
+    H, C = complex_normal(rng, 4, 3), covariance("regular", rng)
+    exact = weakness * np.einsum("iq,ij,jq->q", H.conj(), np.linalg.inv(C), H).real
+    for receiver in (sic, lmmse):
+        rx = receiver(H, weakness, C)
+        np.testing.assert_allclose(rx.sinr, exact, rtol=100 * weakness + 1e-12)
+        np.testing.assert_allclose(rx.gain, exact, rtol=200 * weakness + 1e-12)
+        np.testing.assert_allclose(np.diag(rx.noise_covariance).real, exact, rtol=200 * weakness + 1e-12)
+        other = receiver(H, weakness, C, designed_for=2 * C)
+        np.testing.assert_allclose(other.sinr, exact, rtol=200 * weakness + 1e-12)
+    assert sum_rate(H, weakness, C) == pytest.approx(exact.sum(), rel=100 * weakness + 1e-12)
+    assert sic(H, weakness, C).rate.sum() == pytest.approx(float(sum_rate(H, weakness, C)), rel=1e-12)
+
+
+def test_a_loud_jammer_leaves_a_rate_that_three_functions_agree_on():
+    rng = np.random.default_rng(13)
+    H = complex_normal(rng, 6, 3)
+    for P_N in 10.0 ** np.arange(3, 13, 3):
+        found = worst_case(H, 1.0, P_N)
+        total = sum_rate(H, 1.0, found.covariance)
+        assert total == pytest.approx(sic(H, 1.0, found.covariance).rate.sum(), rel=1e-11)
+        assert total == pytest.approx(float(found.sum_rate), rel=1e-11)
+
+
+def test_the_precision_of_the_channel_does_not_decide_the_rank_of_the_noise():
+    """60 dB between jammer and floor: in double precision nobody's noise is zero, whatever the channel's precision."""
+    rng = np.random.default_rng(14)
+    H = complex_normal(rng, 16, 8)
+    C = strongest_user_covariance(H, 1.0, 1e6) + np.eye(16)
+    coarse, fine = sic(H.astype(np.complex64), 1.0, C), sic(H, 1.0, C)
+    np.testing.assert_allclose(coarse.rate, fine.rate, rtol=1e-4)
+    assert np.isfinite(fine.rate).all()
+    # a design in single precision is judged by its own digits, too
+    design = strongest_user_covariance(H.astype(np.complex64), 1.0, 1.0)
+    assert np.count_nonzero(np.abs(sic(H, 1.0, np.eye(16), designed_for=design).gain - 1) < 1e-12) == 7
+
+
+@pytest.mark.parametrize("receiver", [sic, lmmse])
+def test_a_singular_neighbour_changes_nothing_for_the_rest_of_the_batch(receiver):
+    """Users that are nearly parallel and very loud, where squaring the condition would cost half the digits."""
+    rng = np.random.default_rng(15)
+    h, g = complex_normal(rng, 4, 1), complex_normal(rng, 4, 1)
+    H = np.hstack([h, h + 1e-6 * g])
+    regular, singular = np.eye(4), random_covariance(rng, 4, 2)
+    both = receiver(H, 1e12, np.stack([regular, singular]))
+    np.testing.assert_array_equal(both.mse[0], receiver(H, 1e12, regular).mse)
+    np.testing.assert_array_equal(both.mse[1], receiver(H, 1e12, singular).mse)
+
+
+def test_equally_strong_users_are_ordered_alike_by_jammer_and_receiver():
+    rng = np.random.default_rng(16)
+    h = complex_normal(rng, 500, 4, 1)
+    # the same channel up to a unitary change: equal in exact arithmetic, with powers that make roundings differ
+    H = np.concatenate([h, h[:, ::-1] * np.exp(1j), 2 * h], axis=-1) * 0.1
+    P = np.array([0.3, 0.3, 0.075])
+    C = strongest_user_covariance(H, P, 1.0)
+    last = sic(H, P, np.eye(4)).order[:, -1]
+    attacked = np.take_along_axis(H, last[:, None, None], axis=-1)[..., 0]
+    aligned = np.einsum("bi,bij,bj->b", attacked.conj(), C, attacked).real / (np.abs(attacked) ** 2).sum(-1)
+    np.testing.assert_allclose(aligned, 1.0)
+
+
+def test_gradients_that_do_not_exist_are_refused():
+    H = torch.eye(2, dtype=torch.complex128)
+    P = torch.tensor([1.0, 0.0], requires_grad=True)
+    C = torch.diag(torch.tensor([1.0, 0.0])).requires_grad_()
+    for receiver in (sic, lmmse, sum_rate):
+        with pytest.raises(TypeError, match="P: requires a gradient, but a user is silent"):
+            receiver(H, P, torch.eye(2))
+        with pytest.raises(TypeError, match="C: requires a gradient, but is singular"):
+            receiver(H, 1.0, C)
+        with torch.no_grad():
+            receiver(H, P, C)
+
+
+def test_an_order_as_a_tensor_makes_the_result_one():
+    rx = sic(np.eye(2) + 0j, 1.0, np.eye(2), order=torch.tensor([1, 0]))
+    assert isinstance(rx.mse, torch.Tensor)

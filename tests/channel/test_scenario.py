@@ -78,3 +78,16 @@ def test_shapes_and_noise_covariance():
     assert torch.equal(up.noise_covariance, up.noise[..., None, None] * torch.eye(5))
     assert isinstance(Uplink(np.ones((2, 2)) + 0j, 1.0, 0.5).noise_covariance, np.ndarray)
     np.testing.assert_array_equal(Uplink(np.ones((2, 2)) + 0j, 1.0, 0.5).noise_covariance, 0.5 * np.eye(2))
+
+
+def test_an_uplink_is_of_one_kind_and_one_precision():
+    H = torch.ones(2, 3, dtype=torch.complex128)
+    up = Uplink(H, 1.0, 3.3e-50)
+    assert (up.P.shape, up.P.dtype, up.noise.dtype) == ((3,), torch.float64, torch.float64)
+    assert float(up.noise_covariance[0, 0].real) == 3.3e-50
+    single = Uplink(np.ones((2, 3), np.complex64), np.eye(3), 0.5)
+    assert single.P.shape == (3,)
+    assert single.P.dtype == np.float32
+    assert single.noise_covariance.dtype == np.complex64
+    assert isinstance(Uplink(np.ones((2, 3)) + 0j, 1.0, torch.tensor(0.5)).H, torch.Tensor)
+    assert Uplink([[1 + 1j]], 1, 1).noise_covariance.shape == (1, 1)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from helpers.oracles import complex_normal, random_covariance
+from rmtllmf._random import generator
 from rmtllmf.channel import Reception, lmmse, sic, transmit
+from rmtllmf.errors import NotPSDError, ShapeError
 from rmtllmf.metrics import snr_db
 from rmtllmf.taskvec import TaskVector
 
@@ -230,3 +232,71 @@ def test_a_reception_made_by_hand():
     sent = [{"w": torch.ones(40_000)}] * 2
     errors = torch.stack([vector["w"] - 1 for vector in transmit(sent, rx, seed=0)])
     assert float(torch.corrcoef(errors)[0, 1]) == pytest.approx(0.8, abs=0.02)
+
+
+def test_a_singular_reception_keeps_its_correlations():
+    """A rank-one error covariance has no Cholesky factor: all users then share one noise, with their own phases."""
+    a = np.array([1.0, 0.5j, -0.7])
+    E = np.outer(a, a.conj())
+    rx = Reception(np.diag(E).real, None, None, None, None, E, None)
+    sent = [{"w": torch.zeros(200_000)}] * 3
+    errors = torch.stack([got["w"] for got in transmit(sent, rx, seed=0, scale=1.0)])
+    check_covariance(errors, E)
+    complex_errors = torch.view_as_complex(errors.view(3, -1, 2))
+    torch.testing.assert_close(complex_errors[2], -0.7 * complex_errors[0])
+
+
+def test_a_covariance_that_is_none_is_refused():
+    sent = [{"w": torch.ones(4)}] * 2
+    for bad, pattern in ((np.array([[1.0, 0.5], [0.1, 1.0]]), "Hermitian"), (np.diag([1.0, -1.0]), "positive semi")):
+        with pytest.raises(NotPSDError, match=pattern):
+            transmit(sent, Reception(None, None, None, None, None, bad, None), seed=0)
+    unequal = Reception(None, None, None, np.ones((3, 2)), None, None, np.stack([np.eye(2)] * 2))
+    with pytest.raises(ShapeError, match="3 blocks"):
+        transmit(sent, unequal, seed=0, estimator="mmse")
+
+
+def test_double_precision_vectors_get_double_precision_noise():
+    sent = [{"w": torch.ones(100_000, dtype=torch.float64)}]
+    error = transmit(sent, 1.0, seed=0)[0]["w"] - 1
+    assert not torch.equal(error, error.float().double())
+    exact = 1 + 1e-9 * error
+    torch.testing.assert_close(transmit(sent, 1.0, seed=0, scale=1e-9)[0]["w"], exact, rtol=0, atol=1e-15)
+
+
+def test_gradients_over_several_chunks():
+    mu = torch.tensor([0.25], dtype=torch.float64, requires_grad=True)
+    sent = [{"w": torch.zeros(200_001, dtype=torch.float64)}]
+    (got,) = transmit(sent, mu, seed=0, scale=1.0)
+    weights = torch.linspace(-1, 1, 200_001, dtype=torch.float64)
+    (got["w"] * weights).sum().backward()
+    assert float(mu.grad) == pytest.approx(float((got["w"].detach() * weights).sum() / 0.5), rel=1e-9)
+
+
+def test_an_empty_tensor_has_no_scale_of_its_own_and_needs_none():
+    sent = [{"w": torch.ones(3), "empty": torch.empty(0)}]
+    for scale in ("tensor_rms", "tensor_peak"):
+        (got,) = transmit(sent, 0.1, seed=0, scale=scale)
+        assert got["empty"].shape == (0,)
+
+
+def test_carried_entries_are_copies_and_iterators_will_do():
+    steps = torch.tensor(7)
+    (got,) = transmit(iter([{"w": torch.ones(3), "steps": steps}]), 0.1, seed=0)
+    got["steps"] += 1
+    assert int(steps) == 7
+    by_name = {"cat": {"w": torch.ones(3)}, "dog": {"w": torch.ones(3)}}
+    assert len(transmit(by_name.values(), 0.1, seed=0)) == 2
+
+
+def test_streams_do_not_collide_in_their_low_bits():
+    """torch's CPU generator drops all but 32 bits of a seed."""
+    a, b, c = (torch.randn(8, generator=generator(0, key)) for key in (5, 5 + (77 << 32), 5))
+    assert torch.equal(a, c)
+    assert not torch.equal(a, b)
+    plain = torch.randn(8, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(plain, torch.randn(8, generator=torch.Generator().manual_seed(5 + (77 << 32))))
+    first = torch.stack([torch.randn(4, generator=generator(0, key)) for key in range(20_000)])
+    assert len(torch.unique(first[:, 0])) > 19_900
+    assert abs(float(first.mean())) < 5 / math.sqrt(80_000)
+    assert abs(float((first[1:] * first[:-1]).mean())) < 5 / math.sqrt(80_000)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from helpers.oracles import complex_normal, log_det_rate, random_covariance, worst_case_by_cvxpy
 from rmtllmf.channel import sum_rate, worst_case, worst_case_covariance
+from rmtllmf.errors import ConvergenceError
 
 SHAPES = {"tall": (4, 2), "square": (3, 3), "wide": (2, 4), "one user": (3, 1), "one antenna": (1, 3)}
 
@@ -238,3 +239,47 @@ def test_the_result_is_always_a_covariance(seed, shape, jammer, floor):
     np.testing.assert_array_equal(C, C.conj().T)
     assert np.linalg.eigvalsh(C).min() > -1e-14 * P_N
     assert trace(C) == pytest.approx(P_N, rel=1e-10)
+
+
+def test_nearly_parallel_users():
+    """Where the Gram matrix loses the digits of its small eigenvalue: the trace stays exact, and so does the rate."""
+    rng = np.random.default_rng(10)
+    h, g = complex_normal(rng, 5, 1), complex_normal(rng, 5, 1)
+    for gap in 10.0 ** np.arange(-8, 0.5, 0.25):
+        H = np.hstack([h, h + gap * g])
+        for P_N in (1e-9, 1.0):
+            found = worst_case(H, 1.0, P_N)
+            assert trace(found.covariance) == pytest.approx(P_N, rel=1e-10)
+            # from singular values, which keep what the Gram matrix loses
+            v = np.linalg.svd(H, compute_uv=False) ** 2
+            v = v[v > 1e-30]
+            low, high = 1e-12, 1e40
+            for _ in range(400):
+                nu = np.sqrt(low * high)
+                c = 2 * np.sqrt(v) / (np.sqrt(nu) * (np.sqrt(v * nu) + np.sqrt(v * nu + 4)))
+                low, high = (nu, high) if c.sum() > P_N else (low, nu)
+            assert found.sum_rate == pytest.approx(np.log1p(v / c).sum(), rel=1e-9)
+
+
+def test_powers_beyond_double_precision_are_an_error():
+    with pytest.raises(ConvergenceError, match="underflows double"):
+        worst_case(np.array([[1e160 + 0j]]), 1.0, 1.0)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+def test_single_precision_in_both_kinds(kind):
+    H = kind(complex_normal(np.random.default_rng(11), 3, 2).astype(np.complex64))
+    found = worst_case(H, 1.0, 2.0, noise=0.1)
+    assert "complex64" in str(found.covariance.dtype)
+    assert "float32" in str(found.sum_rate.dtype)
+    assert "float32" in str(found.level.dtype)
+    rate = sum_rate(H, 1.0, found.covariance + 0.1 * (np.eye(3) if kind is np.asarray else torch.eye(3)))
+    assert "float32" in str(rate.dtype)
+    assert float(rate) == pytest.approx(float(found.sum_rate), rel=1e-5)
+
+
+def test_the_callers_arrays_are_neither_changed_nor_shared():
+    H, P = complex_normal(np.random.default_rng(12), 3, 2), np.ones(2)
+    H.flags.writeable = P.flags.writeable = False
+    big_endian = H.astype(">c16")
+    assert np.array_equal(worst_case_covariance(H, P, 1.0), worst_case_covariance(big_endian, P.astype(np.uint8), 1.0))

@@ -131,7 +131,7 @@ CASES = [
         "scheduled: design",
         lambda: scheduled(H, 1.0, I3, designed_for=np.eye(2)),
         ShapeError,
-        r"designed_for: .*\(3, 3\), got \(2, 2\)",
+        r"designed_for: .*3, 3\), got \(2, 2\)",
     ),
     (
         "scheduled: slots",

@@ -97,7 +97,7 @@ def min_max_rate_by_cvxpy(H, P, P_N, noise, order):
     import cvxpy as cp
 
     B = H * np.sqrt(P)
-    antennas, users = B.shape
+    antennas = len(B)
 
     def embed(matrix):
         return np.block([[matrix.real, -matrix.imag], [matrix.imag, matrix.real]])

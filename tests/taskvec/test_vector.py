@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+from collections.abc import Mapping
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rmtllmf.channel import transmit
 from rmtllmf.errors import InputError, NonFiniteError, StateMismatchError
-from rmtllmf.taskvec import TaskVector
+from rmtllmf.taskvec import TaskVector, task_arithmetic
 
 
 class Net(nn.Module):
@@ -199,12 +202,23 @@ def test_load_refuses_what_is_no_task_vector(tmp_path):
         TaskVector.load(path)
     with pytest.raises(FileNotFoundError):
         TaskVector.load(tmp_path / "absent.safetensors")
-    save_file({"w": torch.tensor([float("nan")])}, path, {"rmtllmf": "task_vector", "tied": "{}"})
+    header = {"rmtllmf": "task_vector", "version": "1"}
+    save_file({"w": torch.tensor([float("nan")])}, path, {**header, "tied": "{}"})
     with pytest.raises(NonFiniteError, match="'w'"):
         TaskVector.load(path)
-    save_file({"w": torch.ones(2)}, path, {"rmtllmf": "task_vector", "tied": '{"v": "nobody"}'})
-    with pytest.raises(InputError, match="damaged"):
+    for tied in ('{"v": "nobody"}', "{", "[1]", '{"v": ["w"]}'):
+        save_file({"w": torch.ones(2)}, path, {**header, "tied": tied})
+        with pytest.raises(InputError, match="damaged"):
+            TaskVector.load(path)
+    save_file({"w": torch.ones(2)}, path, {**header, "version": "99"})
+    with pytest.raises(InputError, match="version '99'"):
         TaskVector.load(path)
+    path.write_bytes(b"not a header")
+    with pytest.raises(InputError, match="no safetensors file"):
+        TaskVector.load(path)
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(FileNotFoundError):
+        TaskVector.load(tmp_path / "folder.safetensors")
 
 
 def test_select_and_partial_vectors(pair):
@@ -261,5 +275,86 @@ def test_copies_and_repr():
 def test_gradients_pass_through_arithmetic():
     scale = torch.tensor(0.5, requires_grad=True)
     tau = TaskVector({"w": torch.tensor([1.0, 2.0])})
-    (scale * tau if False else tau * scale)["w"].sum().backward()
-    assert float(scale.grad) == 3.0
+    (scale * tau)["w"].sum().backward()
+    (tau / scale)["w"].sum().backward()
+    assert float(scale.grad) == 3.0 - 3.0 / 0.25
+
+
+def test_what_is_tied_moves_together(pair):
+    """Under whichever of its names the vector has it; different changes to one memory are refused."""
+    base, tuned = pair
+    tau = TaskVector.between(base, tuned)
+    before = base.embed.weight.detach().clone()
+    for names in (["embed.*"], ["head.*"], ["embed.*", "head.*"]):
+        state = tau.select(names).apply_to(base.state_dict())
+        assert torch.allclose(state["embed.weight"], before + 0.5)
+        assert state["embed.weight"].data_ptr() == state["head.weight"].data_ptr()
+        model = copy.deepcopy(base)
+        tau.select(names).apply_to(model)
+        assert torch.allclose(model.embed.weight, before + 0.5)
+        assert model.head.weight is model.embed.weight
+    lost = TaskVector({"embed.weight": torch.ones(7, 4), "head.weight": torch.ones(7, 4)})
+    assert torch.allclose(lost.apply_to(copy.deepcopy(base)).embed.weight, before + 1)
+    torn = TaskVector({"embed.weight": torch.ones(7, 4), "head.weight": torch.zeros(7, 4)})
+    model = copy.deepcopy(base)
+    with pytest.raises(StateMismatchError, match="tied in base"):
+        torn.apply_to(model)
+    assert torch.equal(model.embed.weight, before)
+
+
+def test_a_module_keeps_its_parameters_and_flags(pair):
+    base, tuned = pair
+    base.norm.weight.requires_grad_(False)
+    found = dict(base.named_parameters())
+    TaskVector.between(base, tuned).apply_to(base)
+    assert all(parameter is found[name] for name, parameter in base.named_parameters())
+    assert not base.norm.weight.requires_grad
+    assert base.embed.weight.requires_grad
+
+
+def test_mappings_that_make_their_tensors_on_access():
+    """A casting view hands out temporaries, whose memory is reused: no tie may be seen there."""
+
+    class Cast(Mapping):
+        def __init__(self, state):
+            self.state = state
+
+        def __getitem__(self, key):
+            return self.state[key].float()
+
+        def __iter__(self):
+            return iter(self.state)
+
+        def __len__(self):
+            return len(self.state)
+
+    state = {f"l{k}": torch.full((64, 64), float(k), dtype=torch.float16) for k in range(1, 6)}
+    for result in (task_arithmetic([Cast(state)]), transmit([Cast(state)], [0.0], seed=0)[0], TaskVector(Cast(state))):
+        assert {key: float(tensor[0, 0]) for key, tensor in result.items()} == {f"l{k}": k for k in range(1, 6)}
+
+
+def test_views_that_start_at_the_same_place_are_not_tied():
+    memory = torch.arange(12.0)
+    state = {"a": memory[:4], "b": memory[:8], "c": memory[::2][:4], "d": memory.view(3, 4)[:, 0]}
+    doubled = 2 * TaskVector(state)
+    for key, tensor in state.items():
+        assert torch.equal(doubled[key], 2 * tensor)
+
+
+def test_half_precision_models_are_added_up_in_float32():
+    """1 + 2^-9 is no bf16, but twice that step is: the sum must not round the vector first."""
+    base = {"w": torch.tensor([1.0], dtype=torch.bfloat16)}
+    state = TaskVector({"w": torch.tensor([2.0**-8 + 2.0**-9])}).apply_to(base, scale=0.9)
+    assert torch.equal(state["w"], torch.tensor([1.0 + 0.9 * (2.0**-8 + 2.0**-9)]).bfloat16())
+
+
+def test_numpy_numbers_and_exact_division():
+    tau = TaskVector({"w": torch.tensor([1.0, 49.0])})
+    assert torch.equal((np.float64(0.5) * tau)["w"], torch.tensor([0.5, 24.5]))
+    assert torch.equal((tau / 49)["w"], torch.tensor([1.0, 49.0]) / 49)
+
+
+def test_ties_of_a_state_dict_survive_pickling_and_copies(pair):
+    tau = TaskVector({"a": pair[0].state_dict()["embed.weight"], "b": pair[0].state_dict()["head.weight"]})
+    for other in (copy.deepcopy(tau), pickle.loads(pickle.dumps(tau))):  # noqa: S301
+        assert other["a"].data_ptr() == other["b"].data_ptr()
