@@ -49,28 +49,46 @@ def modes(H: Tensor, P: Tensor) -> Modes:
 
     No zero eigenvalues appear there when Q < N_R, and it is cheaper. If all users are silent, `v` is zero, `unit` one.
     """
-    amplitude = largest(H, dims=2)[..., None, None]
-    strongest = P.amax(-1)[..., None, None]
-    amplitude = torch.where(amplitude > 0, amplitude, 1.0)
-    strongest = torch.where(strongest > 0, strongest, 1.0)
-    B = H * ((P[..., None, :] / strongest).sqrt() / amplitude)  # entries of at most 1: nothing over- or underflows
-    trace = torch.view_as_real(B).square().sum(dim=(-3, -2, -1))
+    B, trace, unit = _normalised(H, P)
     wide = B.shape[-1] >= B.shape[-2]
-    safe = torch.where(trace > 0, trace, 1.0)
     gram = B @ B.mH if wide else B.mH @ B
-    v, V = torch.linalg.eigh(gram / safe[..., None, None])
+    share = torch.where(trace > 0, 1 / torch.where(trace > 0, trace, 1.0), 1.0)  # multiplied: complex division is slow
+    v, V = torch.linalg.eigh(gram * share[..., None, None])
     v = v.clamp_min(0.0)
-    B = B / safe.sqrt()[..., None, None]
-    U = V if wide else B @ (V / torch.where(v > 0, v, 1.0).sqrt()[..., None, :])
+    U = V if wide else B @ (V * (share[..., None] / torch.where(v > 0, v, 1.0)).sqrt()[..., None, :])
     poor = v[..., 0] < _ILL_CONDITIONED * v[..., -1]
     if bool(poor.any()):
         left, s, _ = torch.linalg.svd(B[poor], full_matrices=False)
         s = torch.where(s > max(B.shape[-2:]) * _EPS * s[..., :1], s, 0.0)
-        v[poor], U[poor] = s.square().flip(-1), left.flip(-1)
-    unit = torch.where(trace > 0, trace * amplitude[..., 0, 0].square() * strongest[..., 0, 0], 1.0)
+        v[poor], U[poor] = (s.square() * share[poor][..., None]).flip(-1), left.flip(-1)
+    return Modes(v, U, unit)
+
+
+def mode_powers(H: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvalues and the unit alone: half the work."""
+    B, trace, unit = _normalised(H, P)
+    gram = B @ B.mH if B.shape[-1] >= B.shape[-2] else B.mH @ B
+    share = torch.where(trace > 0, 1 / torch.where(trace > 0, trace, 1.0), 1.0)
+    v = torch.linalg.eigvalsh(gram * share[..., None, None]).clamp_min(0.0)
+    poor = v[..., 0] < _ILL_CONDITIONED * v[..., -1]
+    if bool(poor.any()):
+        s = torch.linalg.svdvals(B[poor])
+        s = torch.where(s > max(B.shape[-2:]) * _EPS * s[..., :1], s, 0.0)
+        v[poor] = (s.square() * share[poor][..., None]).flip(-1)
+    return v, unit
+
+
+def _normalised(H: Tensor, P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``H P^1/2`` with entries of at most 1, so that nothing over- or underflows; its energy; and that in W."""
+    amplitude, strongest = largest(H, dims=2), P.amax(-1)
+    amplitude = torch.where(amplitude > 0, amplitude, 1.0)
+    strongest = torch.where(strongest > 0, strongest, 1.0)
+    B = H * ((P / strongest[..., None]).sqrt() / amplitude[..., None])[..., None, :]
+    trace = torch.view_as_real(B).square().sum(dim=(-3, -2, -1))
+    unit = torch.where(trace > 0, trace * amplitude.square() * strongest, 1.0)
     if not bool((torch.isfinite(unit) & (unit > 0)).all()):
         raise ConvergenceError("worst_case: the received power H P H^H over- or underflows double precision")
-    return Modes(v, U, unit)
+    return B, trace, unit
 
 
 def fill(v: Tensor, P_N: Tensor, s2: Tensor) -> Filling:

@@ -260,7 +260,7 @@ def _knows(function: Any, parameter: str) -> bool:
 
 @contextmanager
 def _sandbox(source: torch.Generator | None = None) -> Iterator[Any]:
-    """``sionna.phy``, drawing what `source` would draw; afterwards all generators, torch's and Sionna's, are as they were."""
+    """``sionna.phy``, drawing what `source` would; afterwards torch's and Sionna's generators are as they were."""
     with _generators_kept():
         phy = _sionna()
         own = phy.config.torch_rng("cpu")

@@ -14,7 +14,7 @@ from ._worst_case_gradient import Solution, WorstCaseFunction
 
 __all__ = ["WorstCase", "worst_case", "worst_case_covariance"]
 
-_CHUNK = 1024  # draws solved at once: their intermediate results stay in the cache, and memory is bounded
+_CHUNK = 2048  # draws solved at once: their intermediate results stay in the cache, and memory is bounded
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def worst_case_covariance(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: Arra
     return worst_case(H, P, P_N, noise=noise).covariance
 
 
-def _solve(H: Tensor, P: Tensor, P_N: Tensor, noise: Tensor) -> Solution:
+def _solve(H: Tensor, P: Tensor, P_N: Tensor, noise: Tensor, out: Tensor | None = None) -> Solution:
     """C, rate and level of one batch; `P_N` and `noise` have its full shape, `H` and `P` may lack leading ones."""
     found = modes(H, P)
     v = found.v.expand(*P_N.shape, found.v.shape[-1])
@@ -139,12 +139,12 @@ def _solve(H: Tensor, P: Tensor, P_N: Tensor, noise: Tensor) -> Solution:
     unit = found.unit.expand(P_N.shape)
     floor = noise / unit
     filling = fill(v, P_N / unit, floor)
-    C = (U * (filling.c * unit[..., None])[..., None, :]) @ U.mH
-    C = (C + C.mH).mul_(0.5)
+    half = U * (filling.c * unit[..., None]).sqrt()[..., None, :]
+    C = torch.matmul(half, half.mH, out=out)
     silent = v[..., -1] == 0
     if bool(silent.any()):
         eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
-        C = torch.where(silent[..., None, None], (P_N / C.shape[-1])[..., None, None] * eye, C)
+        C[silent] = (P_N[silent] / C.shape[-1])[..., None, None] * eye
     sigma = filling.c + floor[..., None]
     rate = torch.where(v > 0, torch.log1p(v / torch.where(v > 0, sigma, 1.0)), 0.0).sum(-1)
     level = torch.where(silent, 0.0, filling.level / unit)
@@ -157,6 +157,6 @@ def _in_chunks(H: Tensor, P: Tensor, P_N: Tensor, noise: Tensor) -> tuple[Tensor
     rate, level, steps = torch.empty_like(P_N), torch.empty_like(P_N), 0
     for start in range(0, H.shape[0], _CHUNK):
         part = slice(start, start + _CHUNK)
-        C[part], rate[part], level[part], _, filling = _solve(H[part], P[part], P_N[part], noise[part])
+        _, rate[part], level[part], _, filling = _solve(H[part], P[part], P_N[part], noise[part], out=C[part])
         steps = max(steps, filling.steps)
     return C, rate, level, steps
