@@ -21,7 +21,8 @@ from .jammers import barrage_covariance, strongest_user_covariance
 from .knowledge import covariance_of, estimated_covariance, power_only_covariance
 from .min_max import min_max_rate_covariance
 from .nulling import null_directions
-from .path_loss import free_space, log_distance, los_probability, rma, uma, umi
+from .path_loss import free_space, log_distance
+from .path_loss_3gpp import los_probability, rma, uma, umi
 from .power_control import channel_inversion, fractional_power_control
 from .rate import sum_rate
 from .receivers import Reception, lmmse, sic
@@ -31,7 +32,7 @@ from .sionna import ldpc_decode, ldpc_encode, sionna_uplink
 from .symbols import transmit_symbols
 from .transmit import transmit
 from .uplink import Uplink
-from .worst_case import WorstCase, worst_case, worst_case_covariance
+from .worst_case import WorstCase, worst_case, worst_case_covariance, worst_case_rate
 
 __all__ = [
     "Constellation",
@@ -73,4 +74,5 @@ __all__ = [
     "umi",
     "worst_case",
     "worst_case_covariance",
+    "worst_case_rate",
 ]

@@ -14,7 +14,8 @@ from .._state import finite_number, whole_number
 from ..errors import InputError
 from ._placement import Placement, draw_azimuths, draw_distances, given_places
 from .fading import Correlation, Fading, Rician, Shadowing, antenna_correlation, draw_fading, draw_shadowing
-from .path_loss import MODELS, log_distance, los_probability, model_gain, model_shadowing
+from .path_loss import log_distance
+from .path_loss_3gpp import MODELS, los_probability, model_gain, model_shadowing
 from .uplink import Uplink
 
 __all__ = ["UplinkScenario"]

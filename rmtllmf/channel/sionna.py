@@ -24,7 +24,7 @@ from .._arrays import Array, Inputs
 from .._random import Seed, generator, seed_number
 from .._state import finite_number, whole_number
 from ..errors import InputError, NonFiniteError, ShapeError
-from .path_loss import BASE_HEIGHT, MODELS, USER_HEIGHT
+from .path_loss_3gpp import BASE_HEIGHT, MODELS, USER_HEIGHT
 from .scenario import UplinkScenario
 from .uplink import Uplink
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .._arrays import Array, ArrayLike, Inputs, batch_shape, check_channel, powers
-from ._water_filling import Modes, fill, modes
+from ._water_filling import Filling, Modes, fill, mode_powers, modes
 from ._worst_case_gradient import Solution, WorstCaseFunction
 
-__all__ = ["WorstCase", "worst_case", "worst_case_covariance"]
+__all__ = ["WorstCase", "worst_case", "worst_case_covariance", "worst_case_rate"]
 
 _CHUNK = 2048  # draws solved at once: their intermediate results stay in the cache, and memory is bounded
 
@@ -79,14 +79,8 @@ def worst_case(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike = 0.0
         True
     """
     inputs = Inputs.of(H, "H", P, P_N, noise)
-    channel = inputs.complex(H, "H")
-    check_channel(channel)
-    power = powers(inputs.nonnegative(P, "P"), channel)
-    jammer, floor = inputs.nonnegative(P_N, "P_N"), inputs.nonnegative(noise, "noise")
-    batch = batch_shape(
-        ("H", channel.shape[:-2]), ("P", power.shape[:-1]), ("P_N", jammer.shape), ("noise", floor.shape)
-    )
-    jammer, floor = jammer.expand(batch), floor.expand(batch)
+    channel, power, jammer, floor = _checked(inputs, H, P, P_N, noise)
+    batch = jammer.shape
     if torch.is_grad_enabled() and any(part.requires_grad for part in (channel, power, jammer, floor)):
         channel = channel.expand(*batch, *channel.shape[-2:])
         power = power.expand(*batch, power.shape[-1])
@@ -131,6 +125,59 @@ def worst_case_covariance(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: Arra
     return worst_case(H, P, P_N, noise=noise).covariance
 
 
+def worst_case_rate(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike = 0.0) -> Any:
+    r"""The sum rate that is left under the worst-case noise, without the covariance: half the work of `worst_case`.
+
+    .. math:: \min_{C \succeq 0,\ \mathrm{tr}\, C \le P_N} \log\det\bigl(I + H P H^H (C + \sigma^2 I)^{-1}\bigr)
+
+    Args:
+        H: (..., N_R, Q) complex channel, path loss included.
+        P: transmit powers in W: a number, (..., Q), or (..., Q, Q) exactly diagonal.
+        P_N: (...) the jammer's total power in W, at least 0.
+        noise: (...) thermal noise power per antenna in W, the floor :math:`\sigma^2`, at least 0.
+
+    Returns:
+        (...) nats per channel use. If a gradient is asked for it is computed by `worst_case`, which has it.
+
+    Raises:
+        TypeError, ShapeError, InputError, ConvergenceError: as `worst_case`.
+
+    Source: R-MTLLMF (P1), eq. 13.
+
+    Example:
+        >>> import numpy as np
+        >>> bool(np.isclose(worst_case_rate(np.eye(2) + 0j, P=1.0, P_N=2.0), 2 * np.log(2)))
+        True
+    """
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (H, P, P_N, noise)):
+        return worst_case(H, P, P_N, noise=noise).sum_rate
+    inputs = Inputs.of(H, "H", P, P_N, noise)
+    channel, power, jammer, floor = _checked(inputs, H, P, P_N, noise)
+    v, unit = mode_powers(channel, power)
+    unit = unit.expand(jammer.shape)
+    v = v.expand(*jammer.shape, v.shape[-1])
+    return inputs.back(_rate(v, fill(v, jammer / unit, floor / unit), floor / unit))
+
+
+def _checked(
+    inputs: Inputs, H: Array, P: ArrayLike, P_N: ArrayLike, noise: ArrayLike
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """H, P, and P_N and noise in the shape of the whole batch."""
+    channel = inputs.complex(H, "H")
+    check_channel(channel)
+    power = powers(inputs.nonnegative(P, "P"), channel)
+    jammer, floor = inputs.nonnegative(P_N, "P_N"), inputs.nonnegative(noise, "noise")
+    batch = batch_shape(
+        ("H", channel.shape[:-2]), ("P", power.shape[:-1]), ("P_N", jammer.shape), ("noise", floor.shape)
+    )
+    return channel, power, jammer.expand(batch), floor.expand(batch)
+
+
+def _rate(v: Tensor, filling: Filling, floor: Tensor) -> Tensor:
+    sigma = filling.c + floor[..., None]
+    return torch.where(v > 0, torch.log1p(v / torch.where(v > 0, sigma, 1.0)), 0.0).sum(-1)
+
+
 def _solve(H: Tensor, P: Tensor, P_N: Tensor, noise: Tensor, out: Tensor | None = None) -> Solution:
     """C, rate and level of one batch; `P_N` and `noise` have its full shape, `H` and `P` may lack leading ones."""
     found = modes(H, P)
@@ -145,8 +192,7 @@ def _solve(H: Tensor, P: Tensor, P_N: Tensor, noise: Tensor, out: Tensor | None 
     if bool(silent.any()):
         eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
         C[silent] = (P_N[silent] / C.shape[-1])[..., None, None] * eye
-    sigma = filling.c + floor[..., None]
-    rate = torch.where(v > 0, torch.log1p(v / torch.where(v > 0, sigma, 1.0)), 0.0).sum(-1)
+    rate = _rate(v, filling, floor)
     level = torch.where(silent, 0.0, filling.level / unit)
     return C, rate, level, Modes(v, U, unit), filling
 

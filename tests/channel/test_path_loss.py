@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rmtllmf.channel import UplinkScenario, free_space, log_distance, los_probability, rma, uma, umi
-from rmtllmf.channel.path_loss import model_shadowing
+from rmtllmf.channel.path_loss_3gpp import model_shadowing
 
 MODELS = {"uma": uma, "umi": umi, "rma": rma}
 

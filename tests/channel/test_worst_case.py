@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.oracles import complex_normal, log_det_rate, random_covariance, worst_case_by_cvxpy
-from rmtllmf.channel import sum_rate, worst_case, worst_case_covariance
+from rmtllmf.channel import sum_rate, worst_case, worst_case_covariance, worst_case_rate
 from rmtllmf.errors import ConvergenceError
 
 SHAPES = {"tall": (4, 2), "square": (3, 3), "wide": (2, 4), "one user": (3, 1), "one antenna": (1, 3)}
@@ -283,3 +283,19 @@ def test_the_callers_arrays_are_neither_changed_nor_shared():
     H.flags.writeable = P.flags.writeable = False
     big_endian = H.astype(">c16")
     assert np.array_equal(worst_case_covariance(H, P, 1.0), worst_case_covariance(big_endian, P.astype(np.uint8), 1.0))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_rate_alone_is_the_same(shape):
+    rng = np.random.default_rng(13)
+    H = complex_normal(rng, 50, *shape)
+    H[0] = 0  # silent
+    H[1] = H[1, :, :1]  # rank one
+    P_N, noise = rng.uniform(0, 3, 50), rng.uniform(0, 1, 50)
+    noise[::2] = 0
+    np.testing.assert_allclose(
+        worst_case_rate(H, 0.5, P_N, noise=noise), worst_case(H, 0.5, P_N, noise=noise).sum_rate, rtol=1e-12
+    )
+    power = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    worst_case_rate(torch.from_numpy(H[2]), 0.5, power, noise=0.1).backward()
+    assert float(power.grad) == pytest.approx(-float(worst_case(H[2], 0.5, 1.0, noise=0.1).level))
