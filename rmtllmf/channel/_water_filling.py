@@ -22,9 +22,9 @@ from torch import Tensor
 from .._arrays import largest
 from ..errors import ConvergenceError
 
-_EPS = torch.finfo(torch.float64).eps
-_ILL_CONDITIONED = 1e-4  # below this ratio of eigenvalues the Gram matrix has lost too many digits: use the SVD
-_MAX_STEPS = 100
+EPS = torch.finfo(torch.float64).eps
+ILL_CONDITIONED = 1e-4  # below this ratio of eigenvalues the Gram matrix has lost too many digits: use the SVD
+MAX_STEPS = 100
 
 
 class Modes(NamedTuple):
@@ -56,10 +56,10 @@ def modes(H: Tensor, P: Tensor) -> Modes:
     v, V = torch.linalg.eigh(gram * share[..., None, None])
     v = v.clamp_min(0.0)
     U = V if wide else B @ (V * (share[..., None] / torch.where(v > 0, v, 1.0)).sqrt()[..., None, :])
-    poor = v[..., 0] < _ILL_CONDITIONED * v[..., -1]
+    poor = v[..., 0] < ILL_CONDITIONED * v[..., -1]
     if bool(poor.any()):
         left, s, _ = torch.linalg.svd(B[poor], full_matrices=False)
-        s = torch.where(s > max(B.shape[-2:]) * _EPS * s[..., :1], s, 0.0)
+        s = torch.where(s > max(B.shape[-2:]) * EPS * s[..., :1], s, 0.0)
         v[poor], U[poor] = (s.square() * share[poor][..., None]).flip(-1), left.flip(-1)
     return Modes(v, U, unit)
 
@@ -70,10 +70,10 @@ def mode_powers(H: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
     gram = B @ B.mH if B.shape[-1] >= B.shape[-2] else B.mH @ B
     share = torch.where(trace > 0, 1 / torch.where(trace > 0, trace, 1.0), 1.0)
     v = torch.linalg.eigvalsh(gram * share[..., None, None]).clamp_min(0.0)
-    poor = v[..., 0] < _ILL_CONDITIONED * v[..., -1]
+    poor = v[..., 0] < ILL_CONDITIONED * v[..., -1]
     if bool(poor.any()):
         s = torch.linalg.svdvals(B[poor])
-        s = torch.where(s > max(B.shape[-2:]) * _EPS * s[..., :1], s, 0.0)
+        s = torch.where(s > max(B.shape[-2:]) * EPS * s[..., :1], s, 0.0)
         v[poor] = (s.square() * share[poor][..., None]).flip(-1)
     return v, unit
 
@@ -107,13 +107,13 @@ def fill(v: Tensor, P_N: Tensor, s2: Tensor) -> Filling:
     raised = P_N + present.sum(-1) * s2
     total = v.sum(-1)
     equal = raised * (raised + total) / torch.where(total > 0, total, 1.0)
-    t = torch.minimum(P_N * (P_N + 2 * s2 + top) / top, equal - shift + 8 * _EPS * (equal + shift))
+    t = torch.minimum(P_N * (P_N + 2 * s2 + top) / top, equal - shift + 8 * EPS * (equal + shift))
 
     steps = 0
     jamming = P_N > 0
     work = jamming & present.any(-1)
     while bool(work.any()):
-        if steps == _MAX_STEPS:
+        if steps == MAX_STEPS:
             raise ConvergenceError(
                 f"worst_case: no convergence for {int(work.sum())} of {work.numel()} batch items in {steps} Newton "
                 "steps; are the powers H, P, P_N and noise more than 150 orders of magnitude apart?"
@@ -126,7 +126,7 @@ def fill(v: Tensor, P_N: Tensor, s2: Tensor) -> Filling:
         step = excess / torch.where(gap >= 0, v / root, 0.0).sum(-1)
         step = step / (1 + step / (t + shift))  # Newton's step in nu, written in t
         t = torch.where(work, (t - step).clamp_min(0.0), t)
-        work = work & ~((step.abs() <= 4 * _EPS * t) | (excess.abs() <= 4 * _EPS * P_N))
+        work = work & ~((step.abs() <= 4 * EPS * t) | (excess.abs() <= 4 * EPS * P_N))
     t = torch.where(jamming, t, 0.0)
     gap = t[..., None] - start
     d = v * gap.clamp_min(0.0)

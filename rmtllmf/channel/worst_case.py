@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._arrays import Array, ArrayLike, Inputs, batch_shape, check_channel, powers
+from ._single_draw import solve_single
 from ._water_filling import Filling, Modes, fill, mode_powers, modes
 from ._worst_case_gradient import Solution, WorstCaseFunction
 
@@ -79,6 +80,11 @@ def worst_case(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike = 0.0
         True
     """
     inputs = Inputs.of(H, "H", P, P_N, noise)
+    single = solve_single(H, P, P_N, noise)
+    if single is not None:
+        matrix, *numbers = single[:3]
+        rate, level = (inputs.back(torch.tensor(number, dtype=torch.float64)) for number in numbers)
+        return WorstCase(inputs.back(torch.from_numpy(matrix)), rate, level, single[3])
     channel, power, jammer, floor = _checked(inputs, H, P, P_N, noise)
     batch = jammer.shape
     if torch.is_grad_enabled() and any(part.requires_grad for part in (channel, power, jammer, floor)):
