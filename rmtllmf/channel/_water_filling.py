@@ -23,7 +23,7 @@ from .._arrays import largest
 from ..errors import ConvergenceError
 
 EPS = torch.finfo(torch.float64).eps
-ILL_CONDITIONED = 1e-4  # below this ratio of eigenvalues the Gram matrix has lost too many digits: use the SVD
+ILL_CONDITIONED = 1e-5  # below this ratio of eigenvalues the Gram matrix has lost too many digits: use the SVD
 MAX_STEPS = 100
 
 

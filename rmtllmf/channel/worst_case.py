@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,7 @@ def worst_case(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike = 0.0
         channel = channel.expand(*batch, *channel.shape[-2:])
         power = power.expand(*batch, power.shape[-1])
         C, rate, level, steps = WorstCaseFunction.apply(channel, power, jammer, floor, _solve)
-    elif len(batch) == 1 and batch[0] > _CHUNK and power.shape[:-1] == channel.shape[:-2] == batch:
+    elif _is_long(channel, power, jammer):
         C, rate, level, steps = _in_chunks(channel, power, jammer, floor)
     else:
         C, rate, level, _, filling = _solve(channel, power, jammer, floor)
@@ -159,10 +160,12 @@ def worst_case_rate(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike 
         return worst_case(H, P, P_N, noise=noise).sum_rate
     inputs = Inputs.of(H, "H", P, P_N, noise)
     channel, power, jammer, floor = _checked(inputs, H, P, P_N, noise)
-    v, unit = mode_powers(channel, power)
-    unit = unit.expand(jammer.shape)
-    v = v.expand(*jammer.shape, v.shape[-1])
-    return inputs.back(_rate(v, fill(v, jammer / unit, floor / unit), floor / unit))
+    if not _is_long(channel, power, jammer):
+        return inputs.back(_rate_alone(channel, power, jammer, floor))
+    rate = torch.empty_like(jammer)
+    for part in _chunks(jammer):
+        rate[part] = _rate_alone(channel[part], power[part], jammer[part], floor[part])
+    return inputs.back(rate)
 
 
 def _checked(
@@ -177,6 +180,21 @@ def _checked(
         ("H", channel.shape[:-2]), ("P", power.shape[:-1]), ("P_N", jammer.shape), ("noise", floor.shape)
     )
     return channel, power, jammer.expand(batch), floor.expand(batch)
+
+
+def _rate_alone(H: Tensor, P: Tensor, P_N: Tensor, noise: Tensor) -> Tensor:
+    v, unit = mode_powers(H, P)
+    unit, v = unit.expand(P_N.shape), v.expand(*P_N.shape, v.shape[-1])
+    return _rate(v, fill(v, P_N / unit, noise / unit), noise / unit)
+
+
+def _is_long(H: Tensor, P: Tensor, P_N: Tensor) -> bool:
+    """A flat batch of many draws, each with its own channel: worth cutting up."""
+    return P_N.ndim == 1 and len(P_N) > _CHUNK and P.shape[:-1] == H.shape[:-2] == P_N.shape
+
+
+def _chunks(P_N: Tensor) -> Iterator[slice]:
+    return (slice(start, start + _CHUNK) for start in range(0, len(P_N), _CHUNK))
 
 
 def _rate(v: Tensor, filling: Filling, floor: Tensor) -> Tensor:
@@ -207,8 +225,7 @@ def _in_chunks(H: Tensor, P: Tensor, P_N: Tensor, noise: Tensor) -> tuple[Tensor
     """`_solve` for a long flat batch, into results made beforehand."""
     C = H.new_empty(H.shape[0], H.shape[1], H.shape[1])
     rate, level, steps = torch.empty_like(P_N), torch.empty_like(P_N), 0
-    for start in range(0, H.shape[0], _CHUNK):
-        part = slice(start, start + _CHUNK)
+    for part in _chunks(P_N):
         _, rate[part], level[part], _, filling = _solve(H[part], P[part], P_N[part], noise[part], out=C[part])
         steps = max(steps, filling.steps)
     return C, rate, level, steps

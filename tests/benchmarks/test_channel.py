@@ -1,0 +1,121 @@
+"""Speed and memory of the channel, side by side with its peers in one run; figures are printed, nothing is asserted.
+
+Run with ``python -m pytest tests/benchmarks/test_channel.py -s``. One thread; medians of interleaved repetitions.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.oracles import complex_normal, worst_case_by_cvxpy
+from rmtllmf.channel import UplinkScenario, worst_case, worst_case_rate
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def interleaved(*functions, repetitions=15, calls=1):
+    """Median seconds of each; run in turn, so that all of them see the same machine."""
+    seconds = [[] for _ in functions]
+    for function in functions:
+        function()
+    for _ in range(repetitions):
+        for times, function in zip(seconds, functions, strict=True):
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            times.append((time.perf_counter() - start) / calls)
+    return [statistics.median(times) for times in seconds]
+
+
+def naive(H, P, P_N, noise):
+    """eigh and 60 bisection steps, plain NumPy."""
+    v, U = np.linalg.eigh((H * P) @ H.conj().T)
+    v, U = v[-H.shape[1] :], U[:, -H.shape[1] :]
+    low, high = 1e-12, 1e12
+    for _ in range(60):
+        nu = np.sqrt(low * high)
+        total = np.maximum(0, v / 2 * (np.sqrt(1 + 4 / (v * nu)) - 1) - noise).sum()
+        low, high = (nu, high) if total > P_N else (low, nu)
+    return (U * np.maximum(0, v / 2 * (np.sqrt(1 + 4 / (v * nu)) - 1) - noise)) @ U.conj().T
+
+
+@pytest.mark.parametrize("draws", [10_000, 100_000])
+def test_batch_against_bare_eigh(draws):
+    up = UplinkScenario().draw(draws, seed=0)
+    P_N = 124 * up.noise
+    G = up.H.mH @ up.H
+
+    def full():
+        return worst_case(up.H, up.P, P_N, noise=up.noise)
+
+    repetitions = 15 if draws == 10_000 else 3
+    ours, rate, eigh = interleaved(
+        full,
+        lambda: worst_case_rate(up.H, up.P, P_N, noise=up.noise),
+        lambda: torch.linalg.eigh(G),
+        repetitions=repetitions,
+    )
+    print(
+        f"\n{draws} draws of 16 x 8 with floor: {1e6 * ours / draws:.1f} us a draw, {ours / eigh:.2f} times bare eigh; "
+        f"rate alone {rate / ours:.2f} of the time; {full().iterations} Newton steps"
+    )
+
+
+def test_batch_against_a_convex_solver():
+    rng = np.random.default_rng(0)
+    H = complex_normal(rng, 10_000, 16, 8)
+    (ours,) = interleaved(lambda: worst_case(H, 1.0, 2.0, noise=0.1), repetitions=3)
+    start = time.perf_counter()
+    worst_case_by_cvxpy(H[0], np.ones(8), 2.0, 0.1)
+    cvxpy = time.perf_counter() - start
+    print(f"\nCVXPY with CLARABEL {cvxpy:.2f} s a draw: {cvxpy / (ours / len(H)):,.0f} times as long")
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+def test_single_draw_against_plain_numpy(kind):
+    array = complex_normal(np.random.default_rng(1), 16, 8)
+    H = kind(array)
+    ours, plain = interleaved(lambda: worst_case(H, 1.0, 2.0, noise=0.1), lambda: naive(array, 1.0, 2.0, 0.1), calls=50)
+    print(f"\na single draw: {1e3 * ours:.3f} ms, eigh and bisection in plain NumPy {plain / ours:.1f} times as long")
+
+
+MEMORY = """
+import json, resource, time, torch
+from rmtllmf.channel import UplinkScenario, transmit_symbols
+torch.set_num_threads(1)
+users, size = 8, {size}
+vectors = [{{"w": torch.randn(size, generator=torch.Generator().manual_seed(q))}} for q in range(users)]
+up = UplinkScenario().draw(seed=0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+received = transmit_symbols(vectors, up.H, up.P, up.noise_covariance, seed=0, modulation={modulation!r})
+print(json.dumps([time.perf_counter() - start, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)]))
+"""
+
+
+@pytest.mark.parametrize("modulation", [64, "analog"])
+def test_symbol_link_memory(modulation):
+    """Eight vectors of ViT-B/16's visual tower; the received vectors themselves are 2.76 GB of what is printed."""
+    size = int(os.environ.get("RMTLLMF_BENCH_SIZE", 86_192_640))
+    root = Path(__file__).parents[2]
+    script = MEMORY.format(size=size, modulation=modulation)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=True)
+    seconds, peak = json.loads(run.stdout)
+    print(
+        f"\n8 users x {size:,} coefficients, {modulation}: {seconds:.0f} s, {peak / 1e9:.2f} GB beyond the vectors "
+        f"sent, of which {8 * 4 * size / 1e9:.2f} GB are the vectors received"
+    )
