@@ -56,13 +56,13 @@ class Protocol:
     finetuning_steps: int | None = None  # None: the testbed's own settings
     shots: int = 10
     realignment_steps: int = 60
-    realignment_lr: float = 3e-4
+    realignment_lr: float = 1e-3
     realignment_batch: int = 16  # images of every task in every step
     jamming: float = 124.0  # the jammer's power, in units of the thermal noise power per antenna
     blocks: int = 50  # independent draws of the uplink that a task vector passes through, one after the other
     # A min-max quantiser in front of a QAM modulator scales symbols by the peak of what it sends. The paper's SNRs
     # imply a peak of 30 to 57 times the rms for CLIP ViT-B/16; this small model's own is about 4, so the ratio is set.
-    peak_to_rms: float = 50.0
+    peak_to_rms: float = 30.0
 
 
 def receptions(protocol: Protocol, seed: int) -> dict[str, Reception]:
