@@ -20,15 +20,18 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))  # the testbed lies beside this file
 
@@ -45,6 +48,7 @@ CONDITIONS = ("ideal", "strongest_user", "sum_rate")
 METHODS = ("unprotected", "restored", "realigned", "both")
 
 Row = dict[str, Any]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -97,37 +101,37 @@ def finetuned_vectors(
     cache: Path,
 ) -> list[TaskVector]:
     """One task vector a task, fine-tuned or from the cache."""
-    vectors = []
-    for name, task in tasks.items():
+
+    def vector(name: str) -> TaskVector:
         path = cache / f"seed-{seed}-{name}.safetensors"
         if path.exists():
-            vectors.append(TaskVector.load(path))
-            continue
+            return TaskVector.load(path)
         options = {} if protocol.finetuning_steps is None else {"steps": protocol.finetuning_steps}
-        tuned = finetune(base, heads[name], task, seed=seed, progress=True, **options)
-        vectors.append(TaskVector.between(base, tuned))
-        vectors[-1].save(path)
-    return vectors
+        tuned = finetune(base, heads[name], tasks[name], seed=seed, progress=True, **options)
+        result = TaskVector.between(base, tuned)
+        result.save(path)
+        return result
+
+    return side_by_side([partial(vector, name) for name in tasks])
 
 
-def fusions(
-    protocol: Protocol, base: nn.Module, heard: Sequence[TaskVector], heads: Mapping[str, nn.Module],
-    tasks: Mapping[str, Task], seed: int,
-) -> Iterator[tuple[str, nn.Module]]:  # fmt: skip
-    """The fused model without protection, with each half of it, and with both."""
+def fusion_methods(
+    protocol: Protocol,
+    base: nn.Module,
+    heard: Sequence[TaskVector],
+    heads: Mapping[str, nn.Module],
+    tasks: Mapping[str, Task],
+    seed: int,
+) -> dict[str, Callable[[], nn.Module]]:
+    """How to make the fused model: without protection, with each half of it, and with both."""
 
     def shots() -> dict[str, tuple[nn.Module, DataLoader[Any]]]:
         source = torch.Generator().manual_seed(seed)
+        options = {"batch_size": protocol.realignment_batch, "shuffle": True, "generator": source}
         return {
-            name: (
-                heads[name],
-                DataLoader(
-                    few_shot(task.train, protocol.shots, seed=seed),
-                    batch_size=protocol.realignment_batch, shuffle=True, generator=source,
-                ),
-            )
+            name: (heads[name], DataLoader(few_shot(task.train, protocol.shots, seed=seed), **options))
             for name, task in tasks.items()
-        }  # fmt: skip
+        }
 
     settings = {"steps": protocol.realignment_steps, "lr": protocol.realignment_lr, "progress": True}
     fused = task_arithmetic(heard).apply_to(base.state_dict())
@@ -137,14 +141,22 @@ def fusions(
         model.load_state_dict(state)
         return model
 
-    yield "unprotected", loaded(fused)
-    yield "restored", loaded(restore(fused, base, embedding_keys(base)))
-    model = loaded(fused)
-    realign(model, shots(), **settings)
-    yield "realigned", model
-    model = loaded(fused)
-    resilient_fusion(model, base, heard, shots(), **settings)
-    yield "both", model
+    def realigned() -> nn.Module:
+        model = loaded(fused)
+        realign(model, shots(), **settings)
+        return model
+
+    def both() -> nn.Module:
+        model = loaded(fused)
+        resilient_fusion(model, base, heard, shots(), **settings)
+        return model
+
+    return {
+        "unprotected": lambda: loaded(fused),
+        "restored": lambda: loaded(restore(fused, base, embedding_keys(base))),
+        "realigned": realigned,
+        "both": both,
+    }
 
 
 def run_seed(protocol: Protocol, seed: int, cache: Path) -> list[Row]:
@@ -160,21 +172,40 @@ def run_seed(protocol: Protocol, seed: int, cache: Path) -> list[Row]:
         individual |= evaluate(tuned, heads, {name: tasks[name]})
     print("fine-tuned:", "  ".join(f"{name} {value:.0%}" for name, value in individual.items()))
 
-    def row(condition: str, method: str, model: nn.Module) -> Row:
-        value = normalized_accuracy(evaluate(model, heads, tasks), individual)
-        return {"condition": condition, "method": method, "value": value}
-
-    rows = [row("none", "base", base)]
-    rows.append(row("none", "clean", task_arithmetic(vectors).apply_to(copy.deepcopy(base))))
+    jobs: dict[tuple[str, str], Callable[[], nn.Module]] = {
+        ("none", "base"): lambda: base,
+        ("none", "clean"): lambda: task_arithmetic(vectors).apply_to(copy.deepcopy(base)),
+    }
     rms = mean(vector.norm() / sum(tensor.numel() for tensor in vector.values()) ** 0.5 for vector in vectors)
     for condition, reception in receptions(protocol, seed).items():
         heard = transmit(vectors, reception, seed=seed, scale=protocol.peak_to_rms * rms)
         snr = mean(snr_db(sent, got) for sent, got in zip(vectors, heard, strict=True))
-        print(f"\n{condition}: mean squared error {float(reception.mse.mean()):.3f}, parameter SNR {snr:.1f} dB")
-        for method, model in fusions(protocol, base, heard, heads, tasks, seed):
-            rows.append(row(condition, method, model))
-            print(f"  {method}: {rows[-1]['value']:.1%}")
-    return rows
+        print(f"{condition}: mean squared error {float(reception.mse.mean()):.3f}, parameter SNR {snr:.1f} dB")
+        methods = fusion_methods(protocol, base, heard, heads, tasks, seed)
+        jobs |= {(condition, method): make for method, make in methods.items()}
+
+    def value(make: Callable[[], nn.Module]) -> float:
+        return normalized_accuracy(evaluate(make(), heads, tasks), individual)
+
+    values = side_by_side([partial(value, make) for make in jobs.values()], "fused models")
+    return [
+        {"condition": condition, "method": method, "value": result}
+        for (condition, method), result in zip(jobs, values, strict=True)
+    ]
+
+
+def side_by_side(jobs: Sequence[Callable[[], Result]], progress: str | None = None) -> list[Result]:
+    """The jobs' results in order, two jobs at a time on one thread each: small models gain nothing from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(2, threads)) as pool:
+            running = [pool.submit(job) for job in jobs]
+            for _ in tqdm(as_completed(running), progress, len(running), disable=progress is None):
+                pass
+            return [job.result() for job in running]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def cached_seed(protocol: Protocol, seed: int, cache: Path) -> list[Row]:

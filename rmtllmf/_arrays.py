@@ -35,6 +35,11 @@ class Inputs:
     def of(cls, main: object, argument: str, *others: object) -> Inputs:
         """The precision is `main`'s; the result is torch if any of the arguments is a tensor."""
         tensors = [value for value in (main, *others) if isinstance(value, Tensor)]
+        if any(map(torch._C._functorch.is_batchedtensor, tensors)):
+            raise InputError(
+                f"{argument}: torch.func.vmap hides the values that are checked here; pass the whole batch at once, "
+                "leading dimensions are batches"
+            )
         if isinstance(main, str | bytes) or main is None:
             raise TypeError(f"{argument}: expected a tensor or an array, got {type(main).__name__}")
         if isinstance(main, Tensor):

@@ -11,24 +11,36 @@ COMMANDS = (
     "python -m pip install -e '.[examples]' && python examples/quickstart.py",
     "python -m pip install -e '.[test]' && python -m pytest",
 )
+NUMBER = re.compile(r"[+-]?\d+\.?\d*(?:e[+-]?\d+)?")
 
 
 def python_blocks(path):
-    """(first line, code) of every ```python block."""
+    """First line, code, and the output shown in a ```text block right after it, of every ```python block."""
     text = path.read_text(encoding="utf-8")
-    for match in re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
-        yield text.count("\n", 0, match.start(1)), match.group(1)
+    pattern = r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?"
+    for match in re.finditer(pattern, text, re.DOTALL | re.MULTILINE):
+        yield text.count("\n", 0, match.start(1)), match.group(1), match.group(2)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/channel.md"])
 def test_python_blocks_run_in_order(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # a snippet must not depend on, or write to, the checkout
     blocks = list(python_blocks(ROOT / page))
     assert blocks
     namespace = {"__name__": "__main__"}
-    for line, code in blocks:
+    for line, code, shown in blocks:
         exec(compile("\n" * line + code, str(ROOT / page), "exec"), namespace)
-    assert "nan" not in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "nan" not in printed
+        if shown:
+            words = [re.findall(r"[A-Za-z]+", text) for text in (printed, shown)]
+            assert words[0] == words[1], f"{page}:{line}"
+            numbers = [NUMBER.findall(text) for text in (printed, shown)]
+            assert len(numbers[0]) == len(numbers[1]), f"{page}:{line}"
+            for got, expected in zip(*numbers, strict=True):
+                last_digit = 0.0 if "e" in expected else 10.0 ** -len(expected.partition(".")[2])
+                near = pytest.approx(float(expected), rel=0.02, abs=1.5 * last_digit)
+                assert float(got) == near, f"{page}:{line}"
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
@@ -58,6 +70,15 @@ def test_every_name_in_the_readmes_table_exists():
     for part, cell in rows:
         public = importlib.import_module(f"rmtllmf.{part}").__all__
         assert set(re.findall(r"`(\w+)`", cell)) <= set(public)
+
+
+def test_every_picture_is_shown_somewhere_and_small():
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md"))
+    pictures = sorted((ROOT / "docs" / "_static").glob("*.png"))
+    assert len(pictures) >= 4
+    for picture in pictures:
+        assert f"](_static/{picture.name})" in pages
+        assert picture.stat().st_size < 150_000
 
 
 def test_links_between_the_pages_lead_somewhere():

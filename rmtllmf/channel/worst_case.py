@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .._arrays import Array, ArrayLike, Inputs, batch_shape, check_channel, powers
+from ..errors import InputError
 from ._single_draw import solve_single
 from ._water_filling import Filling, Modes, fill, mode_powers, modes
 from ._worst_case_gradient import Solution, WorstCaseFunction
@@ -63,7 +65,8 @@ def worst_case(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike = 0.0
     Raises:
         TypeError: `H` is real, or another argument is not real numbers.
         ShapeError: shapes do not fit.
-        InputError: a negative power; NonFiniteError: NaN or infinity.
+        InputError: a negative power, or tensors inside a transformation of torch.func (``vmap``, ``grad``) or in
+            forward-mode differentiation; NonFiniteError: NaN or infinity.
         ConvergenceError: the iteration failed, which takes powers more than 150 orders of magnitude apart.
 
     Note:
@@ -81,6 +84,7 @@ def worst_case(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike = 0.0
         True
     """
     inputs = Inputs.of(H, "H", P, P_N, noise)
+    _refuse_transforms(H, P, P_N, noise)
     single = solve_single(H, P, P_N, noise)
     if single is not None:
         matrix, *numbers = single[:3]
@@ -159,6 +163,7 @@ def worst_case_rate(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike 
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (H, P, P_N, noise)):
         return worst_case(H, P, P_N, noise=noise).sum_rate
     inputs = Inputs.of(H, "H", P, P_N, noise)
+    _refuse_transforms(H, P, P_N, noise)
     channel, power, jammer, floor = _checked(inputs, H, P, P_N, noise)
     if not _is_long(channel, power, jammer):
         return inputs.back(_rate_alone(channel, power, jammer, floor))
@@ -180,6 +185,20 @@ def _checked(
         ("H", channel.shape[:-2]), ("P", power.shape[:-1]), ("P_N", jammer.shape), ("noise", floor.shape)
     )
     return channel, power, jammer.expand(batch), floor.expand(batch)
+
+
+def _refuse_transforms(*values: object) -> None:
+    """The solver's own backward is unknown to torch.func, and there is no forward mode: better told than dropped."""
+    forward = forward_ad._current_level >= 0
+    for value in values:
+        if isinstance(value, Tensor) and (
+            torch._C._functorch.is_functorch_wrapped_tensor(value)
+            or (forward and forward_ad.unpack_dual(value).tangent is not None)
+        ):
+            raise InputError(
+                "worst_case: torch.func and forward-mode derivatives are not supported; use torch.autograd.grad, or "
+                "torch.autograd.functional.jacobian in reverse mode (vectorize=True works)"
+            )
 
 
 def _rate_alone(H: Tensor, P: Tensor, P_N: Tensor, noise: Tensor) -> Tensor:
