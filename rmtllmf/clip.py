@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ._classifier import ImageClassifier, ZeroShotHead
+from ._state import whole_number
 from ._tasks import Batches, device_of, mode
 from .errors import InputError
 from .metrics import accuracy
@@ -151,10 +152,7 @@ def zero_shot_head(
     """
     names = [_class_name(name, index) for index, name in enumerate(_listed(class_names, "class_names"))]
     prompts = [_template(template, index) for index, template in enumerate(_listed(templates, "templates"))]
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
-        raise TypeError(f"batch_size: expected an int, got {type(batch_size).__name__}")
-    if batch_size < 1:
-        raise InputError(f"batch_size: expected at least 1, got {batch_size}")
+    batch_size = whole_number(batch_size, "batch_size", at_least=1)
     if not callable(getattr(model, "encode_text", None)) or not isinstance(model, nn.Module):
         raise TypeError(
             f"model: expected an open_clip model with a text tower (encode_text), got {type(model).__name__}; an image "

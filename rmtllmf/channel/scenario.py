@@ -218,8 +218,8 @@ class UplinkScenario:
             raise InputError(f"dtype: expected torch.complex64 or torch.complex128, got {dtype}")
         if numpy and device is not None and torch.device(device).type != "cpu":
             raise InputError(f"device: NumPy arrays live on the CPU, got {device}")
-        if any(isinstance(size, bool) or not isinstance(size, int) or size < 0 for size in batch):
-            raise InputError(f"batch: expected whole numbers >= 0, got {batch}")
+        for size in batch:
+            whole_number(size, "batch", at_least=0)
 
     def _uplink(self, H: Tensor, device: torch.device | str | None, dtype: torch.dtype, numpy: bool) -> Uplink:
         H = H.to(dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._arrays import Array, ArrayLike
 from .._random import Seed, reseed, seed_number
-from .._state import Tensors
+from .._state import Tensors, whole_number
 from ..errors import InputError
 from ._front_end import CANCELLATIONS, front_ends
 from ._modem import DECISIONS, AnalogModem, DigitalModem, Modem, quantisers
@@ -156,10 +156,8 @@ def _modem(
     if scale is not None:
         raise InputError("scale: belongs to the analog link; the digital one scales by its quantiser")
     width, kind, how = 8 if bits is None else bits, quantiser or "uniform", decisions or "hard"
-    if isinstance(width, bool) or not isinstance(width, int):
-        raise TypeError(f"bits: expected an int, got {type(width).__name__}")
-    if not 1 <= width <= 12:
-        raise InputError(f"bits: expected 1 to 12 bits a coefficient, got {width}")
+    if whole_number(width, "bits", at_least=1) > 12:
+        raise InputError(f"bits: expected at most 12 bits a coefficient, got {width}")
     if kind not in QUANTISERS:
         raise InputError(f"quantiser: expected one of {', '.join(map(repr, QUANTISERS))}, got {kind!r}")
     if how not in DECISIONS:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from .._random import Seed, generator, seed_number
+from .._state import whole_number
 from .._tasks import describe
 from ..errors import InputError
 
@@ -51,10 +52,7 @@ def few_shot(dataset: Dataset[Any], shots: int = 10, *, seed: Seed) -> Subset[An
         >>> sorted(int(label) for _, label in chosen)
         [0, 0, 1, 1, 2, 2]
     """
-    if isinstance(shots, bool) or not isinstance(shots, int):
-        raise TypeError(f"shots: expected an int, got {type(shots).__name__}")
-    if shots < 1:
-        raise InputError(f"shots: expected at least 1 sample of every class, got {shots}")
+    shots = whole_number(shots, "shots", at_least=1)
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise TypeError(f"dataset: expected a map-style dataset with a length, got {type(dataset).__name__}")
     members: dict[int | str, list[int]] = {}

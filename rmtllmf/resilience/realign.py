@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .._state import finite_number, select_names
+from .._state import finite_number, select_names, whole_number
 from .._tasks import Task, Tasks, as_tasks, device_of, logits_of, mode, pairs
 from ..errors import InputError, NonFiniteError, ShapeError
 
@@ -188,10 +188,7 @@ def prepare(
     """Check all arguments of `realign` before anything is changed."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps: expected an int, got {type(steps).__name__}")
-    if steps < 0:
-        raise InputError(f"steps: expected at least 0, got {steps}")
+    steps = whole_number(steps, "steps", at_least=0)
     if not callable(loss):
         raise TypeError(f"loss: expected a function of logits and targets, got {type(loss).__name__}")
     tasks = as_tasks(tasks_or_batches, "tasks_or_batches")

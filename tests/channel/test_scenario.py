@@ -91,3 +91,8 @@ def test_an_uplink_is_of_one_kind_and_one_precision():
     assert single.noise_covariance.dtype == np.complex64
     assert isinstance(Uplink(np.ones((2, 3)) + 0j, 1.0, torch.tensor(0.5)).H, torch.Tensor)
     assert Uplink([[1 + 1j]], 1, 1).noise_covariance.shape == (1, 1)
+
+
+def test_whole_numbers_may_come_from_numpy():
+    up = UplinkScenario(num_users=np.int64(2)).draw(np.int32(3), seed=np.int64(0))
+    assert torch.equal(up.H, UplinkScenario(num_users=2).draw(3, seed=0).H)
