@@ -13,6 +13,7 @@ Other cells than the default one are made of path loss (`free_space`, `log_dista
 `sionna_uplink` draws 3GPP's channels in full, and `ldpc_encode`, `ldpc_decode` are 5G's codes.
 """
 
+from .code import LdpcCode
 from .combining import repeat_block, stack_blocks
 from .constellation import Constellation, symbol_error_rate
 from .fading import Rician, Shadowing, exponential_correlation, steering_vector
@@ -36,6 +37,7 @@ from .worst_case import WorstCase, worst_case, worst_case_covariance, worst_case
 
 __all__ = [
     "Constellation",
+    "LdpcCode",
     "Reception",
     "Rician",
     "Shadowing",

@@ -14,10 +14,12 @@ from .._state import Tensors, extrema, inner_product
 from ..errors import InputError, NonFiniteError
 from ._front_end import Decide, FrontEnd
 from ._stream import Stream
+from .code import LdpcCode
 from .constellation import Constellation
 from .quantiser import Quantiser
 
 DECISIONS = ("hard", "soft")
+_BITS = 1 << 16  # coefficients of a chunk, about
 
 Out: TypeAlias = Sequence[dict[str, Tensor]]
 
@@ -78,7 +80,7 @@ class AnalogModem:
 
 @dataclass(frozen=True)
 class DigitalModem:
-    """Quantised coefficients, their bits in order, Gray-labelled QAM."""
+    """Quantised coefficients, their bits in order, coded or not, Gray-labelled QAM."""
 
     stream: Stream
     flat: Sequence[Mapping[str, Tensor]]
@@ -86,30 +88,32 @@ class DigitalModem:
     constellation: Constellation
     bits: int
     soft: bool
+    code: LdpcCode | None
 
     @property
     def chunk(self) -> int:
-        """A multiple of the bits of a symbol, so that every chunk begins with a new symbol."""
-        return self.constellation.bits << 12
+        """A multiple of what a symbol and a code word hold, so that every chunk begins with new ones."""
+        unit = self.constellation.bits * (1 if self.code is None else self.code.k)
+        return unit * max(1, _BITS // unit)
 
     def symbols(self, coefficients: int) -> int:
-        """The bits of all coefficients over those of a symbol, rounded up."""
-        return -(-coefficients * self.bits // self.constellation.bits)
+        """The bits of all coefficients, coded, over those of a symbol; rounded up in the last chunk."""
+        chunks, rest = divmod(coefficients, self.chunk)
+        return chunks * self._symbols_of(self.chunk * self.bits) + self._symbols_of(rest * self.bits)
 
     def modulate(self, start: int, stop: int) -> Tensor:
-        """As the class says; the last symbol is filled up with zeros."""
-        users, count = len(self.flat), self.symbols(stop - start)
-        words = torch.empty(users, stop - start, dtype=torch.int64, device=self.stream.device)
+        """As the class says; the last code word and the last symbol are filled up with zeros."""
+        words = torch.empty(len(self.flat), stop - start, dtype=torch.int64, device=self.stream.device)
         for key, where, cut in self.stream.pieces(start, stop):
             for q, parts in enumerate(self.flat):
                 words[q, cut] = self.quantiser_of[q][key].encode(parts[key][where].to(self.stream.dtype))
         shifts = torch.arange(self.bits - 1, -1, -1, device=words.device)
-        stream = torch.zeros(users, count * self.constellation.bits, dtype=torch.uint8, device=words.device)
-        stream[:, : words.shape[1] * self.bits] = ((words[..., None] >> shifts) & 1).to(torch.uint8).flatten(1)
-        return self.constellation.modulate(stream.view(users, count, -1)).to(self._complex)
+        return self._to_symbols(((words[..., None] >> shifts) & 1).to(torch.uint8).flatten(1))
 
     def decider(self, end: FrontEnd) -> Decide:
-        """The nearest point, or the posterior mean of the symbol."""
+        """What was decoded, sent again; without a code the nearest point, or the posterior mean of the symbol."""
+        if self.code is not None:
+            return lambda q, estimate: self._to_symbols(self._decoded(estimate[None], end.noise[q]))[0]
         if not self.soft:
             return lambda q, estimate: self.constellation.nearest(estimate)
         return lambda q, estimate: self.constellation.posterior_mean(estimate, end.noise[q])
@@ -121,14 +125,34 @@ class DigitalModem:
             ones = self.constellation.bit_probabilities(estimates, noise).flatten(1)
             ones = ones[:, :length].view(len(out), -1, self.bits)
         else:
-            decided = self.constellation.decide(estimates).flatten(1)[:, :length].view(len(out), -1, self.bits)
-            weights = 1 << torch.arange(self.bits - 1, -1, -1, device=decided.device)
-            words = (decided.to(torch.int64) * weights).sum(-1)
+            hard = self.code is None
+            bits = self.constellation.decide(estimates).flatten(1) if hard else self._decoded(estimates, noise)
+            weights = 1 << torch.arange(self.bits - 1, -1, -1, device=bits.device)
+            words = (bits[:, :length].reshape(len(out), -1, self.bits).to(torch.int64) * weights).sum(-1)
         for key, where, cut in self.stream.pieces(start, stop):
             for q, parts in enumerate(out):
                 quantiser = self.quantiser_of[q][key]
                 numbers = quantiser.expectation(ones[q, cut]) if self.soft else quantiser.decode(words[q, cut])
                 parts[key][where] = numbers.to(parts[key].dtype)
+
+    def _symbols_of(self, bits: int) -> int:
+        if self.code is not None:
+            bits = -(-bits // self.code.k) * self.code.n
+        return -(-bits // self.constellation.bits)
+
+    def _to_symbols(self, bits: Tensor) -> Tensor:
+        """(Q, length) bits -> (Q, n) symbols."""
+        coded = bits if self.code is None else self.code.encode(bits)
+        spare = -coded.shape[1] % self.constellation.bits
+        coded = torch.nn.functional.pad(coded, (0, spare))
+        return self.constellation.modulate(coded.view(len(coded), -1, self.constellation.bits)).to(self._complex)
+
+    def _decoded(self, estimates: Tensor, noise: Tensor) -> Tensor:
+        """(Q, n) unbiased estimates -> all information bits of the code words they hold."""
+        assert self.code is not None  # the caller has looked
+        ones = self.constellation.bit_probabilities(estimates, noise).flatten(1)
+        words = ones.shape[1] // self.code.n
+        return self.code.decode(ones[:, : words * self.code.n], words * self.code.k)
 
     @property
     def _complex(self) -> torch.dtype:

@@ -17,6 +17,7 @@ from ._front_end import CANCELLATIONS, front_ends
 from ._modem import DECISIONS, AnalogModem, DigitalModem, Modem, quantisers
 from ._scale import scales
 from ._stream import Stream, check_blocks, fading_parts
+from .code import LdpcCode
 from .constellation import Constellation
 from .quantiser import QUANTISERS
 
@@ -39,6 +40,7 @@ def transmit_symbols(
     quantiser: str | None = None,
     decisions: str | None = None,
     per_tensor: bool = False,
+    code: LdpcCode | None = None,
     scale: str | float | None = None,
     progress: bool = False,
 ) -> list[Any]:
@@ -50,8 +52,8 @@ def transmit_symbols(
     fill Gray-labelled QAM symbols in order, most significant first. Analog (``modulation="analog"``): coefficients
     :math:`2k` and :math:`2k+1` are the real and imaginary part of symbol k,
     :math:`s = (x + jy)/(\sqrt 2\,\text{scale})`. The stream is that of `transmit`: the floating tensors in
-    sorted-key order; all users send symbol k in the same channel use. There is no error-correcting code. The extremes
-    (or the rms, or the scale) that a receiver needs to undo the scaling are taken to arrive without error.
+    sorted-key order; all users send symbol k in the same channel use. With a `code` the bits are those of its words.
+    The extremes (or the rms, or the scale) that a receiver needs to undo the scaling are taken to arrive without error.
 
     Args:
         vectors: Q mappings of name -> tensor with the same keys and shapes; not written to. Integer, boolean and
@@ -72,6 +74,8 @@ def transmit_symbols(
             bits' probabilities, with the error power that the receiver believes in; "real" cancellation then subtracts
             the posterior mean of the symbol.
         per_tensor: quantise every tensor between its own extremes instead of the whole vector's.
+        code: an error-correcting code around the link, as `LdpcCode`. It is decoded from the bits' probabilities, and
+            "real" cancellation then subtracts what was decoded, encoded again; that takes a single fading block.
         scale: analog only: as for `transmit`; None: "rms".
         progress: show a bar.
 
@@ -103,10 +107,12 @@ def transmit_symbols(
     """
     stream = Stream.of(vectors)
     flat = stream.flat()
-    modem = _modem(stream, flat, modulation, bits, quantiser, decisions, per_tensor, scale)
+    modem = _modem(stream, flat, modulation, bits, quantiser, decisions, per_tensor, code, scale)
     if cancellation not in CANCELLATIONS:
         raise InputError(f"cancellation: expected one of {', '.join(map(repr, CANCELLATIONS))}, got {cancellation!r}")
     ends = front_ends(H, P, C, designed_for, order, receiver, len(stream.vectors))
+    if code is not None and cancellation == "real" and len(ends) > 1:
+        raise InputError("cancellation: 'real' with a code needs a single fading block, or words would span several")
     total = modem.symbols(stream.length)
     check_blocks(len(ends), total, "H")
     number, source = seed_number(seed), torch.Generator(device=stream.device)
@@ -139,6 +145,7 @@ def _modem(
     quantiser: str | None,
     decisions: str | None,
     per_tensor: bool,
+    code: LdpcCode | None,
     scale: str | float | None,
 ) -> Modem:
     """The modem, after a check that no option belongs to the other kind."""
@@ -146,7 +153,13 @@ def _modem(
     if isinstance(modulation, str):
         if modulation != "analog":
             raise InputError(f"modulation: expected 4, 16, 64, 256 or 'analog', got {modulation!r}")
-        digital = {"bits": bits, "quantiser": quantiser, "decisions": decisions, "per_tensor": per_tensor or None}
+        digital = {
+            "bits": bits,
+            "quantiser": quantiser,
+            "decisions": decisions,
+            "per_tensor": per_tensor or None,
+            "code": code,
+        }
         clash = [name for name, value in digital.items() if value is not None]
         if clash:
             raise InputError(f"{', '.join(clash)}: the analog link quantises nothing; leave out, or choose a QAM order")
@@ -162,8 +175,12 @@ def _modem(
         raise InputError(f"quantiser: expected one of {', '.join(map(repr, QUANTISERS))}, got {kind!r}")
     if how not in DECISIONS:
         raise InputError(f"decisions: expected one of {', '.join(map(repr, DECISIONS))}, got {how!r}")
+    if code is not None and not isinstance(code, LdpcCode):
+        raise TypeError(f"code: expected an LdpcCode or None, got {type(code).__name__}")
+    if code is not None and how == "soft":
+        raise InputError("decisions: a decoded word is decided; leave 'soft' out, or the code")
     fitted = [quantisers(vector, stream.keys, kind, width, per_tensor, name) for vector, name in named]
-    return DigitalModem(stream, flat, fitted, constellation, width, how == "soft")
+    return DigitalModem(stream, flat, fitted, constellation, width, how == "soft", code)
 
 
 @contextmanager

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import rmtllmf.channel.sionna as wrapper
+from helpers.oracles import complex_normal
 from rmtllmf.channel import (
+    LdpcCode,
     UplinkScenario,
     ldpc_decode,
     ldpc_encode,
@@ -22,10 +24,12 @@ from rmtllmf.channel import (
     rma,
     sionna_uplink,
     steering_vector,
+    transmit_symbols,
     uma,
     umi,
 )
 from rmtllmf.errors import InputError, NonFiniteError
+from rmtllmf.metrics import snr_db
 
 needs_sionna = pytest.mark.skipif(find_spec("sionna") is None, reason="needs the extra sionna")
 MODELS = {"uma": uma, "umi": umi, "rma": rma}
@@ -242,3 +246,29 @@ def test_the_examples_run(name):
     test = doctest.DocTestParser().get_doctest(text, dict(vars(wrapper)), name, None, 0)
     assert test.examples
     assert doctest.DocTestRunner().run(test).failed == 0
+
+
+@needs_sionna
+@pytest.mark.parametrize("cancellation", ["genie", "real"])
+def test_ldpc_around_the_symbol_link(cancellation):
+    """Rate 1/2 at an SINR where a tenth of the symbols is wrong: uncoded it fails, coded only quantisation is left."""
+    rng = np.random.default_rng(0)
+    H = np.diag([1.0, 1.3]) + 0.1 * complex_normal(rng, 2, 2)
+    sent = [{"w": torch.randn(30_001, generator=torch.Generator().manual_seed(q))} for q in range(2)]
+    options = {"seed": 1, "modulation": 4, "bits": 8, "cancellation": cancellation}
+    uncoded = transmit_symbols(sent, H, 1.0, 0.3 * np.eye(2), **options)
+    coded = transmit_symbols(sent, H, 1.0, 0.3 * np.eye(2), code=LdpcCode(k=500, n=1000), **options)
+    clean = transmit_symbols(sent, H, 1.0, 1e-9 * np.eye(2), **options)
+    for q in range(2):
+        assert snr_db(sent[q], uncoded[q]) < 15
+        assert torch.equal(coded[q]["w"], clean[q]["w"])
+        assert snr_db(sent[q], coded[q]) > 35
+
+
+@needs_sionna
+def test_an_ldpc_code_beyond_capacity_fails():
+    """No code of rate 1/2 helps where 4-QAM carries less than one bit a symbol."""
+    sent = [{"w": torch.randn(20_000, generator=torch.Generator().manual_seed(0))}]
+    H, noise = np.ones((1, 1)) + 0j, 10**0.3 * np.eye(1)
+    (got,) = transmit_symbols(sent, H, 1.0, noise, seed=0, modulation=4, code=LdpcCode(k=500, n=1000))
+    assert snr_db(sent[0], got) < 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rmtllmf.channel import Constellation, symbol_error_rate, transmit_symbols
+from rmtllmf.channel import Constellation, LdpcCode, symbol_error_rate, transmit_symbols
 from rmtllmf.errors import InputError, NonFiniteError, NotPSDError, ShapeError, StateMismatchError
 
 H = np.eye(3, 2) + 0j
@@ -47,6 +47,17 @@ CASES = [
     ("symbols: C shape", lambda: send(C=np.eye(2)), ShapeError, "C: "),
     ("symbols: order", lambda: send(order="random"), InputError, "order: "),
     ("symbols: seed", lambda: send(seed="0"), TypeError, "seed: "),
+    ("symbols: code", lambda: send(code="ldpc"), TypeError, "code: expected an LdpcCode or None, got str"),
+    ("symbols: soft code", lambda: send(code=LdpcCode(50, 100), decisions="soft"), InputError, "decisions: .*'soft'"),
+    ("symbols: analog code", lambda: send(modulation="analog", code=LdpcCode(50, 100)), InputError, "code: the analog"),
+    (
+        "symbols: code over blocks",
+        lambda: send(H=np.stack([H] * 2), code=LdpcCode(50, 100), cancellation="real"),
+        InputError,
+        "cancellation: .*single fading block",
+    ),
+    ("code: too short", lambda: LdpcCode(k=100, n=50), InputError, "n: expected at least the 100"),
+    ("code: no iterations", lambda: LdpcCode(k=1, n=2, iterations=0), InputError, "iterations: .*got 0"),
     ("constellation", lambda: Constellation(8), InputError, "modulation: .*got 8"),
     ("symbol error rate", lambda: symbol_error_rate(4, -1.0), InputError, "snr: expected numbers >= 0"),
 ]
