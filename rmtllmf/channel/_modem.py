@@ -19,7 +19,7 @@ from .constellation import Constellation
 from .quantiser import Quantiser
 
 DECISIONS = ("hard", "soft")
-_BITS = 1 << 16  # coefficients of a chunk, about
+_WORDS = 1 << 12  # what a chunk holds of each of a symbol's bits, about
 
 Out: TypeAlias = Sequence[dict[str, Tensor]]
 
@@ -93,8 +93,8 @@ class DigitalModem:
     @property
     def chunk(self) -> int:
         """A multiple of what a symbol and a code word hold, so that every chunk begins with new ones."""
-        unit = self.constellation.bits * (1 if self.code is None else self.code.k)
-        return unit * max(1, _BITS // unit)
+        word = 1 if self.code is None else self.code.k
+        return self.constellation.bits * word * max(1, _WORDS // word)
 
     def symbols(self, coefficients: int) -> int:
         """The bits of all coefficients, coded, over those of a symbol; rounded up in the last chunk."""
