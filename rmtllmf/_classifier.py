@@ -19,7 +19,8 @@ class ZeroShotHead(nn.Module):
 
     .. math:: z_k(f) = s \,\frac{f^T w_k}{\lVert f \rVert} + b
 
-    Weight, scale and bias are buffers: they move with the module and are saved with it, but nothing trains them.
+    Weight, scale and bias are buffers that move with the module, but are no part of its state dict: nothing trains
+    them, no channel bends them, and a classifier that is loaded from a file gets them from the class names again.
 
     Args:
         weight: (D, K) text features of the K classes, of unit length each.
@@ -55,9 +56,9 @@ class ZeroShotHead(nn.Module):
             "logit_scale": finite_number(logit_scale, "logit_scale", positive=True),
             "logit_bias": finite_number(logit_bias, "logit_bias"),
         }
-        self.register_buffer("weight", weight.detach().clone())
+        self.register_buffer("weight", weight.detach().clone(), persistent=False)
         for name, number in numbers.items():
-            self.register_buffer(name, torch.tensor(number, dtype=weight.dtype, device=weight.device))
+            self.register_buffer(name, torch.tensor(number, dtype=weight.dtype, device=weight.device), persistent=False)
 
     def forward(self, features: Any) -> Tensor:
         """(B, D) features, or a tuple that starts with them (CoCa's towers) -> (B, K) logits."""

@@ -47,6 +47,12 @@ def _check_batches(batches: object, argument: str) -> None:
             f"{argument}: expected batches, an iterable of (inputs, targets) such as a DataLoader or a list, or "
             f"(head, batches); got {type(batches).__name__}"
         )
+    try:
+        known_empty = len(batches) == 0  # type: ignore[arg-type]
+    except TypeError:  # a stream
+        known_empty = False
+    if known_empty:
+        raise InputError(f"{argument}: expected at least one batch, got none (a DataLoader with drop_last?)")
 
 
 def pairs(batches: Batches, argument: str, device: torch.device | None = None) -> Iterator[tuple[Any, Any]]:
@@ -81,6 +87,8 @@ def moved(value: Any, device: torch.device | None) -> Any:
         return value.to(device)
     if isinstance(value, Mapping):
         return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a namedtuple
+        return type(value)(*(moved(item, device) for item in value))
     if isinstance(value, tuple | list):
         return type(value)(moved(item, device) for item in value)
     return value

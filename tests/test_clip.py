@@ -4,6 +4,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import FakeData
 from torchvision.transforms import ToTensor
@@ -73,7 +74,7 @@ def test_the_head_is_frozen_and_the_model_left_as_it_was(model):
     assert classifier.encoder is model.visual
     assert not list(classifier.head.parameters())
     assert not any(tensor.requires_grad for tensor in classifier.head.buffers())
-    assert set(classifier.head.state_dict()) == {"weight", "logit_scale", "logit_bias"}
+    assert {name for name, _ in classifier.head.named_buffers()} == {"weight", "logit_scale", "logit_bias"}
     assert classifier.head.weight.shape == (8, 3)
     torch.testing.assert_close(classifier.head.weight.norm(dim=0), torch.ones(3))
     assert {name.partition(".")[0] for name, _ in classifier.named_parameters()} == {"encoder"}
@@ -231,3 +232,9 @@ def test_a_classifier_is_two_modules():
     assert classifier(torch.ones(3, 1, 2, 2)).shape == (3, 2)
     with pytest.raises(TypeError, match="head"):
         ImageClassifier(torch.nn.Flatten(), lambda x: x)
+
+
+def test_the_head_is_no_part_of_what_is_sent():
+    """Frozen means that neither a task vector nor the channel can change it."""
+    classifier = ImageClassifier(nn.Linear(4, 3), ZeroShotHead(torch.eye(3)))
+    assert set(classifier.state_dict()) == {"encoder.weight", "encoder.bias"}

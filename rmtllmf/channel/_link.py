@@ -92,7 +92,8 @@ def _blocks(value: Tensor, users: int, argument: str, trailing: int) -> Tensor:
     if value.ndim not in (trailing, trailing + 1) or value.shape[-1] != users:
         form = ", ".join([f"{users}"] * trailing)
         raise ShapeError(
-            f"{argument}: expected shape ({form}) or (blocks, {form}) for {users} vectors, got {tuple(value.shape)}"
+            f"{argument}: expected shape ({form}) or (blocks, {form}) for {users} vectors, got {tuple(value.shape)}; "
+            f"an uplink for them has num_users={users}"
         )
     value = value if value.ndim == trailing + 1 else value[None]
     if value.shape[0] == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from .._state import StateLike, Tensors, as_state, check_keys, check_shapes, identity
 from .._tasks import Head, forward, logits_of
-from ..errors import NonFiniteError, ShapeError
+from ..errors import NonFiniteError, ShapeError, StateMismatchError
 
 __all__ = ["WithState", "check_model", "logit_matrix", "predictions", "state_of"]
 
@@ -46,16 +46,36 @@ def state_of(model: nn.Module, source: StateLike, argument: str) -> dict[str, Te
     return {name: state[name].detach().to(own[name].device) for name in own}
 
 
+class _Then(nn.Module):
+    """``after(model(inputs))`` as one module."""
+
+    def __init__(self, model: nn.Module, after: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.after = after
+
+    def forward(self, inputs: Any) -> Any:
+        """See the class."""
+        return self.after(forward(self.model, inputs))
+
+
 class WithState:
     """The model as a function with the parameters and buffers `state` in place of its own, which stay untouched.
 
-    Entries that are tied in the model count once: as in ``load_state_dict``, the last name in `state` wins.
+    Entries that are tied in the model must be equal in `state`.
     """
 
     def __init__(self, model: nn.Module, state: Tensors) -> None:
         self.model = model
         memory: dict[Hashable, str] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
+            if not isinstance(tensor, Tensor):
+                continue
+            twin = memory.get(identity(tensor), name)
+            if state[name] is not state[twin] and not torch.equal(state[name], state[twin]):
+                raise StateMismatchError(
+                    f"{twin!r} and {name!r} are one tensor in the model, but not the same in the given parameters"
+                )
             memory[identity(tensor)] = name
         self.state = {name: state[name] for name in memory.values()}
 
@@ -64,8 +84,17 @@ class WithState:
 
     def logits(self, inputs: Any, argument: str) -> Tensor:
         """(B, K) of a complete model."""
-        output = forward(self, inputs)
-        return logit_matrix(output if isinstance(output, Tensor) else getattr(output, "logits", output), argument)
+        return self.inside(lambda logits: logits, inputs, argument)
+
+    def inside(self, function: Callable[[Tensor], Any], inputs: Any, argument: str) -> Any:
+        """``function(logits)`` while the state is in place: a checkpointed backward pass runs the model again."""
+
+        def after(output: Any) -> Any:
+            tensor = output if isinstance(output, Tensor) else getattr(output, "logits", output)
+            return function(logit_matrix(tensor, argument))
+
+        state = {f"model.{name}": tensor for name, tensor in self.state.items()}
+        return functional_call(_Then(self.model, after), state, (inputs,))
 
     @torch.no_grad()
     def predictions(self, head: Head | None, inputs: Any, argument: str) -> Tensor:

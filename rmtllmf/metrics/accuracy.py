@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .._state import check_keys, finite_number
-from .._tasks import Batches, Head, as_tasks, device_of, mode, pairs
+from .._tasks import Batches, Head, as_tasks, device_of, logits_of, mode, pairs
 from ..errors import InputError, ShapeError
-from ._call import check_model, predictions
+from ._call import check_model, logit_matrix
 
 __all__ = ["accuracy", "normalized_accuracy"]
 
@@ -52,20 +52,28 @@ def accuracy(model: nn.Module, batches: Batches, *, head: Head | None = None) ->
     correct = count = 0
     with torch.no_grad(), mode(False, model, head):
         for inputs, targets in pairs(batches, "batches", device_of(model)):
-            predicted = predictions(model, head, inputs, "model")
-            correct += int((predicted == _classes(targets, predicted).to(predicted.device)).sum())
+            logits = logit_matrix(logits_of(model, head, inputs), "model")
+            predicted = logits.argmax(-1)
+            correct += int((predicted == _classes(targets, predicted, logits.shape[1]).to(predicted.device)).sum())
             count += len(predicted)
     if count == 0:
         raise InputError("batches: expected at least one sample, got only empty batches")
     return correct / count
 
 
-def _classes(targets: Any, predicted: Tensor) -> Tensor:
+def _classes(targets: Any, predicted: Tensor, count: int) -> Tensor:
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
         kind = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
         raise TypeError(f"batches: expected targets as a tensor of class indices, got {kind}")
     if targets.shape != predicted.shape:
         raise ShapeError(f"batches: expected targets of shape {tuple(predicted.shape)}, got {tuple(targets.shape)}")
+    if count < 2:
+        raise ShapeError("model: expected logits of at least two classes, got one column")
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < count:
+        raise InputError(
+            f"batches: expected class indices from 0 to {count - 1}, one for each column of the logits, got "
+            f"{int(targets.min())} to {int(targets.max())}; is this the right head?"
+        )
     return targets
 
 

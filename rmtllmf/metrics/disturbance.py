@@ -109,14 +109,18 @@ def disturbance_test(
     clean = WithState(model, {**before, **{name: before[name].requires_grad_() for name in variance}})
     bent = WithState(model, after)
 
+    def gradients(logits: Tensor) -> tuple[Tensor, Tensor]:
+        row = _one_row(logits, "undisturbed")
+        return row.detach(), _deviations(row, {name: clean.state[name] for name in variance}, variance)
+
     z_u, z_d, sd = [], [], []
     with mode(False, model), torch.enable_grad():
         for index in range(count):
             one = _single(inputs, index)
             z_d.append(_one_row(bent.logits(one, "disturbed"), "disturbed").detach())
-            logits = _one_row(clean.logits(one, "undisturbed"), "undisturbed")
-            z_u.append(logits.detach())
-            sd.append(_deviations(logits, {name: clean.state[name] for name in variance}, variance))
+            logits, deviations = clean.inside(gradients, one, "undisturbed")
+            z_u.append(logits)
+            sd.append(deviations)
     undisturbed_logits, disturbed_logits = torch.stack(z_u).double(), torch.stack(z_d).double()
     deviation = torch.stack(sd)
     statistic = (disturbed_logits - undisturbed_logits).abs()
@@ -128,7 +132,12 @@ def disturbance_test(
 def _deviations(logits: Tensor, parameters: dict[str, Tensor], variance: dict[str, float]) -> Tensor:
     """(K,) the standard deviation of each logit, from the gradient of each."""
     totals = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-    if logits.requires_grad and parameters:
+    if parameters and not logits.requires_grad:
+        raise InputError(
+            "model: its logits have no gradient with respect to any parameter that has a tolerated variance; is this "
+            "within torch.inference_mode(), or is forward decorated with torch.no_grad()?"
+        )
+    if parameters:
         leaves, pick = list(parameters.values()), torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
         for index in range(len(logits)):
             # the graph is kept for the next logit, and dies with `logits` after the last

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._state import Tensors, as_vectors, check_finite
+from .._state import Tensors, as_vectors, check_finite, is_bendable
 from ..errors import InputError
 
 __all__ = ["cosine_similarity"]
@@ -24,7 +24,8 @@ def cosine_similarity(vectors: Sequence[Tensors]) -> Tensor:
     tensor by tensor, so that nothing is concatenated and the order of the names does not matter.
 
     Args:
-        vectors: N mappings with the same keys and shapes; all entries count.
+        vectors: N mappings with the same keys and shapes; the floating-point entries count, without running
+            statistics of normalisation layers.
 
     Returns:
         (N, N) float64 on the device of the first vector: symmetric, within -1 and 1, exactly 1 on the diagonal.
@@ -42,12 +43,11 @@ def cosine_similarity(vectors: Sequence[Tensors]) -> Tensor:
                 [0.6000, 1.0000]], dtype=torch.float64)
     """
     vectors = as_vectors(vectors, "vectors")
-    keys = sorted(vectors[0])
+    keys = sorted(key for key, tensor in vectors[0].items() if is_bendable(key, tensor))
+    if not keys:
+        raise InputError("vectors: hold no floating-point entries, so they have no direction")
     for index, vector in enumerate(vectors):
-        check_finite(vector, f"vectors[{index}]")
-        for key, tensor in vector.items():
-            if tensor.is_complex():
-                raise TypeError(f"vectors[{index}][{key!r}]: complex entries are not supported")
+        check_finite({key: vector[key] for key in keys}, f"vectors[{index}]")
     peaks = [max((float(v[key].detach().abs().max()) for key in keys if v[key].numel()), default=0.0) for v in vectors]
     for index, peak in enumerate(peaks):
         if peak == 0:

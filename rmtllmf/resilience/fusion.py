@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, ValuesView
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -16,10 +17,11 @@ from .._state import (
     check_keys,
     check_shapes,
     identity,
+    is_bendable,
     select_names,
 )
 from .._tasks import Tasks
-from ..errors import InputError
+from ..errors import InputError, StateMismatchError
 from ..taskvec import TaskVector, task_arithmetic
 from .keys import embedding_keys
 from .realign import Loss, MakeOptimizer, Realignment, prepare
@@ -31,10 +33,10 @@ __all__ = ["resilient_fusion"]
 def resilient_fusion(
     model: nn.Module,
     base: StateLike,
-    received: Sequence[Tensors],
+    received: Iterable[Tensors],
     tasks_or_batches: Tasks,
     *,
-    rule: Callable[[Sequence[Tensors]], Tensors] = task_arithmetic,
+    rule: Callable[[list[TaskVector]], Tensors] = task_arithmetic,
     frozen: str | Iterable[str] | None = None,
     steps: int = 100,
     trainable: str | Iterable[str] | None = None,
@@ -58,7 +60,8 @@ def resilient_fusion(
         base: what the task vectors were taken from: a module, a state dict or the path of a safetensors file.
         received: the N task vectors as they came over the channel, mappings of name -> tensor.
         tasks_or_batches: name -> (head, batches), or the batches of a complete model, as for `realign`.
-        rule: task vectors -> the fused update, such as ``rmtllmf.taskvec.task_arithmetic``; to set its options pass
+        rule: a list of `TaskVector` -> the fused update, with the same keys, such as
+            ``rmtllmf.taskvec.task_arithmetic``; to set its options pass
             ``functools.partial(task_arithmetic, scale=0.4)``.
         frozen: names or glob patterns of what is restored and not trained; None: `embedding_keys` of the model.
             A tied parameter is meant under any of its names.
@@ -90,11 +93,13 @@ def resilient_fusion(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not callable(rule):
         raise TypeError(f"rule: expected a function task vectors -> update, got {type(rule).__name__}")
-    current, original = dict(model.state_dict(keep_vars=True)), as_state(base, "base")
+    everything = model.state_dict(keep_vars=True)  # the parameters themselves, which tells ties
+    current = {name: tensor for name, tensor in everything.items() if isinstance(tensor, Tensor)}
+    original = as_state(base, "base")
     check_keys(original, current, "base", "model")
     check_shapes(original, current, "base", "model")
     check_dtypes(original, current, "base", "model")
-    received = as_vectors(received, "received")
+    vectors = _as_task_vectors(received)
     names = _frozen_names(model, current, frozen)
     plan = prepare(
         model,
@@ -109,16 +114,44 @@ def resilient_fusion(
         optimizer=optimizer,
         progress=progress,
     )
-    update = rule(received)
+    update = rule(vectors)
     if not isinstance(update, Mapping):
         raise TypeError(f"rule: expected it to return a mapping of name -> tensor, got {type(update).__name__}")
     if not isinstance(update, TaskVector):
         update = TaskVector(update)
+    check_keys(update, vectors[0], "rule's result", "the received vectors")
     # what is restored anyway need not be fused first; tied names may have been bent each on its own
     rest = [name for name in update if name not in names]
     fused = update.select(rest).apply_to(original) if rest else original
-    model.load_state_dict(restore(fused, original, names))
+    _load(current, restore(fused, original, names))
     return plan.run()
+
+
+def _as_task_vectors(received: Iterable[Tensors]) -> list[TaskVector]:
+    """What a rule is given: the vectors themselves, or the floating-point entries of other mappings."""
+    given = list(received) if isinstance(received, Iterator | ValuesView) else received
+    states = as_vectors(given, "received")
+    return [
+        vector
+        if isinstance(vector, TaskVector)
+        else TaskVector({name: tensor for name, tensor in state.items() if is_bendable(name, tensor)})
+        for vector, state in zip(given, states, strict=True)
+    ]
+
+
+def _load(current: Mapping[str, Tensor], state: Tensors) -> None:
+    """Into the model's own tensors; what is one tensor there must not be two different ones in `state`."""
+    names: dict[Hashable, str] = {}
+    for name, tensor in current.items():
+        twin = names.setdefault(identity(tensor), name)
+        if state[name] is not state[twin] and not torch.equal(state[name], state[twin]):
+            raise StateMismatchError(
+                f"{twin!r} and {name!r} are one tensor in the model, but fused to two different ones; the base or the "
+                "received vectors have lost the tie: freeze it, or leave one of the names out of the vectors"
+            )
+    with torch.no_grad():
+        for name in names.values():
+            current[name].copy_(state[name])
 
 
 def _frozen_names(model: nn.Module, state: Mapping[str, Tensor], frozen: str | Iterable[str] | None) -> list[str]:

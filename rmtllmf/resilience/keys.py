@@ -19,8 +19,9 @@ _EMBEDDING = re.compile(
       | reg_token | register_tokens | dist_token | distillation_token | mask_token
       | (?:positional|position|pos)_embed(?:ding|dings)?(?:\.weight)? # positions: learnt tables, bare or nn.Embedding
       | \w+_position_embeddings\.weight | embed_positions\.weight | wpe\.weight
-      | relative_position_bias_table | relative_attention_bias\.weight
-      | patch_embed\.proj\.(?:weight|bias) | embeds\.proj\.(?:weight|bias)
+      | relative_position_bias_table | relative_attention_bias\.weight | rel_embeddings\.weight
+      | pos_embed_\d+ | patch_pos | pixel_pos | pixel_embed\.proj\.(?:weight|bias)
+      | patch_embed\.proj\.(?:weight|bias) | (?:patch_)?embeds(?:\.\d+)?\.proj\.(?:weight|bias)
       | patch_embeddings?(?:\.projection)?\.(?:weight|bias)           # patches
       | (?:token|word|tok|token_type)_embeddings?\.weight             # words
       | embed_tokens\.weight | wte\.weight | embed_in\.weight | embeddings?\.weight
@@ -41,6 +42,8 @@ _ATTENTION = re.compile(
     (?:(?:self|attention|output)\.)?       # BERT: attention.self.query, attention.output.dense
     (?:
         (?:in_proj|out_proj|[qkvoc]_proj|qkv_proj|qkv|kv|[qkvo]|proj|query|key|value|query_key_value|dense
+          |(?:query|key|value|pos|pos_q)_proj|(?:query|key|value)_global   # DeBERTa, Longformer
+          |(?:q|kv)_[ab]_proj|kv_a_proj_with_mqa                           # DeepSeek
           |c_attn|q_attn|[qkv]_lin|out_lin|w[qkvo]|Wqkv|Wo)\.(?:weight|bias)
       | in_proj_weight | in_proj_bias | [qkv]_proj_weight | bias_[kv] | [qv]_bias
     )$""",
@@ -118,8 +121,11 @@ def attention_keys(model_or_state: StateLike) -> tuple[str, ...]:
 
 def _floating(source: StateLike) -> dict[str, Tensor]:
     # keep_vars: tied parameters are then the same object, which tells a tie even on the meta device
-    everything = source.state_dict(keep_vars=True) if isinstance(source, nn.Module) else source
-    state = as_state(everything, "model_or_state")
+    if isinstance(source, nn.Module):
+        items = source.state_dict(keep_vars=True).items()
+        state = {key: tensor for key, tensor in items if isinstance(tensor, Tensor)}
+    else:
+        state = as_state(source, "model_or_state")
     return {key: tensor for key, tensor in state.items() if tensor.is_floating_point()}
 
 
@@ -134,4 +140,4 @@ def _is_embedding_in_company(key: str, state: Tensors) -> bool:
 def _equal(first: Tensor, second: Tensor) -> bool:
     if first.is_meta or (first.shape, first.dtype, first.device) != (second.shape, second.dtype, second.device):
         return False
-    return torch.equal(first, second)
+    return torch.equal(first, second) and bool(second.any())  # zeros, in a task vector, say nothing

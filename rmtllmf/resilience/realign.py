@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from .._state import finite_number, select_names, whole_number
 from .._tasks import Task, Tasks, as_tasks, device_of, logits_of, mode, pairs
 from ..errors import InputError, NonFiniteError, ShapeError
+from ._training import check_finite, kept, only_trained, progress_bar, warmup_cosine
 
 __all__ = ["Realignment", "realign"]
 
@@ -62,7 +63,8 @@ def realign(
               E_{(x, y) \sim \mathcal{S}_i}\, \ell\bigl(h_i(f(x; \theta)), y\bigr)
 
     Every step takes the next batch of every task, so small tasks come round more often. Tasks go backward one by one,
-    so memory is that of the largest. The model is in training mode meanwhile, the heads in evaluation mode;
+    so memory is that of the largest. The model is in training mode meanwhile (but for modules with frozen statistics,
+    and parts that were in evaluation mode when the whole was in training mode), the heads in evaluation mode;
     `requires_grad`, `grad` and the mode of every sub-module are left as they were found, after an exception too.
     Only what the model and the DataLoader draw themselves (dropout, shuffling) is random.
 
@@ -88,8 +90,9 @@ def realign(
 
     Raises:
         InputError: a pattern that matches nothing, nothing left to train, a task without batches or with an iterator
-            that is used up, `steps` or `lr` out of range.
-        NonFiniteError: a loss that is not finite, before the step is taken; it names the step and the task.
+            that is used up, half-precision parameters without an `optimizer`, `steps` or `lr` out of range.
+        NonFiniteError: a loss or a gradient that is not finite, before the step is taken, or a parameter that is not
+            after the last.
         ShapeError: the loss is not one number.
 
     Source: R-MTLLMF, section III, step "realignment" (few-shot fine-tuning with frozen embeddings).
@@ -126,9 +129,9 @@ class Plan:
     tasks: dict[str, Task]
     steps: int
     trained: dict[str, nn.Parameter]
-    kept_buffers: tuple[Tensor, ...]
+    kept_buffers: tuple[tuple[nn.Module, str], ...]
     loss: Loss
-    optimizer: MakeOptimizer
+    optimizer: torch.optim.Optimizer | None  # None: no steps
     schedule: Callable[[int], float] | None
     progress: bool
 
@@ -140,17 +143,15 @@ class Plan:
         device = device_of(self.model)
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(mode(True, self.model))
+            stack.enter_context(self._training())
             stack.enter_context(mode(False, *heads))
-            stack.enter_context(_only_trained(parameters, self.model, *heads))
-            stack.enter_context(_kept(self.kept_buffers))
-            optimizer = self.optimizer(parameters)
-            if not isinstance(optimizer, torch.optim.Optimizer):
-                kind = type(optimizer).__name__
-                raise TypeError(f"optimizer: expected it to return a torch.optim.Optimizer, got {kind}")
-            scheduler = None if self.schedule is None else torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
+            stack.enter_context(only_trained(parameters, self.model, *heads))
+            stack.enter_context(kept(self.kept_buffers))
+            scheduler = None
+            if self.schedule is not None and self.optimizer is not None:
+                scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule)
             batches = {name: _endless(task, name, device) for name, task in self.tasks.items()}
-            bar = stack.enter_context(_bar(self.steps)) if self.progress else None
+            bar = stack.enter_context(progress_bar(self.steps)) if self.progress else None
             for step in range(self.steps):
                 for parameter in parameters:
                     parameter.grad = None
@@ -162,13 +163,25 @@ class Plan:
                     # `inputs=`: a head that hides parameters in a closure gets no gradients either
                     (value / len(self.tasks)).backward(inputs=parameters)
                 losses.append(total / len(self.tasks))
-                optimizer.step()
+                check_finite([parameter.grad for parameter in parameters], self.trained, f"gradient in step {step}")
+                assert self.optimizer is not None  # there are steps
+                self.optimizer.step()
                 if scheduler is not None:
                     scheduler.step()
                 if bar is not None:
                     bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
                     bar.update()
+            check_finite(parameters, self.trained, "value after the last step")
         return Realignment(tuple(losses), tuple(self.trained), time.perf_counter() - start)
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Training mode, but not where statistics are frozen, nor in parts that the caller had set apart."""
+        found = [part for part in self.model.modules() if self.model.training and not part.training]
+        with mode(True, self.model):
+            for part in [*found, *(module for module, _ in self.kept_buffers)]:
+                part.training = False
+            yield
 
 
 def prepare(
@@ -191,10 +204,19 @@ def prepare(
     steps = whole_number(steps, "steps", at_least=0)
     if not callable(loss):
         raise TypeError(f"loss: expected a function of logits and targets, got {type(loss).__name__}")
-    tasks = as_tasks(tasks_or_batches, "tasks_or_batches")
-    trained, kept = _choose(model, frozen, trainable)
+    tasks = as_tasks(tasks_or_batches, "tasks_or_batches") if steps else {}
+    streams = [task.batches for task in tasks.values() if iter(task.batches) is task.batches]
+    if len({id(stream) for stream in streams}) < len(streams):
+        raise InputError("tasks_or_batches: two tasks share one iterator, and would get every other batch of it")
+    trained, fixed = _choose(model, frozen, trainable, needed=steps > 0)
     schedule = None
     if optimizer is None:
+        half = [name for name, parameter in trained.items() if parameter.dtype in (torch.float16, torch.bfloat16)]
+        if half and steps:
+            raise InputError(
+                f"model: {half[0]!r} is {trained[half[0]].dtype}, in which small steps round to nothing; realign in "
+                "float32 (model.float(), and back afterwards), or give an `optimizer` that keeps float32 copies"
+            )
         peak = 1e-4 if lr is None else finite_number(lr, "lr", positive=True)
         decay = 0.0 if weight_decay is None else finite_number(weight_decay, "weight_decay")
         share = 0.1 if warmup is None else finite_number(warmup, "warmup")
@@ -214,25 +236,28 @@ def prepare(
         clash = [name for name, value in given.items() if value is not None]
         if clash:
             raise InputError(f"{', '.join(clash)}: belong to the default optimizer; give them to your own `optimizer`")
-    return Plan(model, tasks, steps, trained, kept, loss, optimizer, schedule, progress)
+    made = _made(optimizer, list(trained.values()), model) if steps else None
+    return Plan(model, tasks, steps, trained, fixed, loss, made, schedule, progress)
 
 
-def warmup_cosine(steps: int, share: float) -> Callable[[int], float]:
-    """Step -> factor: rising linearly to 1 over the first `share` of the steps, then half a cosine that ends at 0."""
-    rising = math.ceil(share * steps)
-
-    def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / rising
-        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-    return factor
+def _made(optimizer: MakeOptimizer, parameters: list[nn.Parameter], model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer, which may train what it was handed and nothing else."""
+    with only_trained(parameters, model):
+        made = optimizer(parameters)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: expected it to return a torch.optim.Optimizer, got {type(made).__name__}")
+    if isinstance(made, torch.optim.LBFGS):
+        raise TypeError("optimizer: LBFGS evaluates the loss on its own; expected one whose step() needs no closure")
+    handed = {id(parameter) for parameter in parameters}
+    if any(id(parameter) not in handed for group in made.param_groups for parameter in group["params"]):
+        raise InputError("optimizer: trains parameters that it was not handed, which may be frozen ones")
+    return made
 
 
 def _choose(
-    model: nn.Module, frozen: str | Iterable[str], trainable: str | Iterable[str] | None
-) -> tuple[dict[str, nn.Parameter], tuple[Tensor, ...]]:
-    """The parameters to train by their first names, and the buffers that must keep their values."""
+    model: nn.Module, frozen: str | Iterable[str], trainable: str | Iterable[str] | None, *, needed: bool
+) -> tuple[dict[str, nn.Parameter], tuple[tuple[nn.Module, str], ...]]:
+    """The parameters to train by their first names, and where the buffers are that must keep their values."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     fixed = select_names([*parameters, *buffers], frozen, "frozen")
@@ -242,7 +267,7 @@ def _choose(
         wanted = select_names(parameters, trainable, "trainable")
     ids = {id(parameters[name]) for name in wanted} - {id(parameters[name]) for name in fixed if name in parameters}
     trained = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in ids}
-    if not trained:
+    if not trained and needed:
         raise InputError(
             f"nothing to train: {len(wanted)} parameter names are trainable and all of them are frozen"
             if wanted
@@ -251,7 +276,8 @@ def _choose(
     for name, parameter in trained.items():
         if not parameter.is_floating_point():
             raise TypeError(f"trainable: {name!r} is {parameter.dtype}, which has no gradient")
-    return trained, tuple(buffers[name] for name in fixed if name in buffers)
+    places = [name.rpartition(".")[::2] for name in fixed if name in buffers]
+    return trained, tuple((model.get_submodule(owner), last) for owner, last in places)
 
 
 def _endless(task: Task, name: str, device: torch.device | None) -> Iterator[tuple[Any, Any]]:
@@ -272,40 +298,3 @@ def _check_loss(value: Any, step: int, name: str) -> float:
     if not value.requires_grad:
         raise InputError(f"loss{of} does not depend on any of the parameters to train")
     return number
-
-
-@contextmanager
-def _only_trained(parameters: list[nn.Parameter], *modules: nn.Module) -> Iterator[None]:
-    """`requires_grad` on `parameters` and nowhere else, and a clean `grad`; both put back afterwards."""
-    found = {parameter: parameter.requires_grad for module in modules for parameter in module.parameters()}
-    gradients = [parameter.grad for parameter in parameters]
-    chosen = set(parameters)
-    try:
-        for parameter in found:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(parameter in chosen)
-        yield
-    finally:
-        for parameter, flag in found.items():
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-
-
-@contextmanager
-def _kept(buffers: tuple[Tensor, ...]) -> Iterator[None]:
-    """Frozen buffers, such as running statistics, get their values back."""
-    copies = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, copy in zip(buffers, copies, strict=True):
-                buffer.copy_(copy)
-
-
-def _bar(steps: int) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=steps, desc="realign", unit="step")

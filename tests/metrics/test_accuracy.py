@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from rmtllmf.errors import NonFiniteError
+from rmtllmf.errors import InputError, NonFiniteError, ShapeError
 from rmtllmf.metrics import accuracy, normalized_accuracy
 
 
@@ -88,3 +88,13 @@ def test_the_published_figures_of_the_base_model():
     zero_shot = [65.5, 64.7, 66.4, 54.1, 52.0, 43.5, 51.7, 45.0]
     tuned = [78.9, 85.9, 96.6, 99.0, 97.6, 99.0, 99.7, 82.3]
     assert normalized_accuracy(zero_shot, tuned) == pytest.approx(0.607, abs=5e-4)
+
+
+def test_labels_that_the_logits_cannot_have_are_refused():
+    """A wrong head, an ignore index, or a single column would only look like a bad model."""
+    model, x = nn.Linear(2, 3), torch.ones(4, 2)
+    for labels in ([0, 1, 2, 3], [0, 1, 2, -100]):
+        with pytest.raises(InputError, match="is this the right head"):
+            accuracy(model, [(x, torch.tensor(labels))])
+    with pytest.raises(ShapeError, match="at least two classes"):
+        accuracy(nn.Linear(2, 1), [(x, torch.zeros(4, dtype=torch.long))])

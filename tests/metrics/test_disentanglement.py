@@ -7,6 +7,7 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
+from rmtllmf.errors import StateMismatchError
 from rmtllmf.metrics import weight_disentanglement_error
 
 
@@ -96,7 +97,7 @@ def test_tasks_on_separate_features_do_not_interfere():
     assert weight_disentanglement_error(model, base, taus, tasks).per_task == {"a": 1.0, "b": 0.0}
 
 
-def test_buffers_come_from_base_and_ties_follow_load_state_dict():
+def test_buffers_come_from_base_and_torn_ties_are_refused():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -112,10 +113,14 @@ def test_buffers_come_from_base_and_ties_follow_load_state_dict():
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     base["norm.running_mean"] = torch.tensor([1.0, -2.0, 0.5])
     bent = ("first.weight", "norm.weight", "norm.bias", "last.weight")
-    # the channel bends the two names of the tied weight differently
     vectors = [{name: gaussian(*base[name].shape, seed=k + 5 * i) for i, name in enumerate(bent)} for k in (1, 2)]
+    torn = [dict(vector) for vector in vectors]  # as a channel bends the two names of a tied weight, one by one
+    for vector in vectors:
+        vector["last.weight"] = vector["first.weight"]
     x = gaussian(50, 3, seed=77)
     tasks = {"a": [(x, torch.zeros(50))], "b": [(x + 1, torch.zeros(50))]}
+    with pytest.raises(StateMismatchError, match=r"'first.weight' and 'last.weight' are one tensor in the model"):
+        weight_disentanglement_error(model, base, torn, tasks, scale=1.0)
     found = weight_disentanglement_error(model, base, vectors, tasks, scale=1.0)
 
     def predict(taus, inputs):

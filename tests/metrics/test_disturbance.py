@@ -5,7 +5,9 @@ import torch
 from scipy.stats import binom, norm
 from torch import nn
 from torch.func import functional_call, jacrev
+from torch.utils.checkpoint import checkpoint
 
+from rmtllmf.errors import InputError
 from rmtllmf.metrics import disturbance_test
 
 
@@ -188,3 +190,39 @@ def test_small_levels_keep_their_digits():
     model, x = nn.Linear(1, 1, bias=False), torch.ones(1, 1)
     found = disturbance_test(model, model, model, 1.0, x, alpha=1e-12)
     assert float(found.threshold) == pytest.approx(norm.isf(5e-13), rel=1e-12)
+
+
+class Checkpointed(nn.Module):
+    """Recomputes its forward pass in the backward pass, as large models do to save memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.second(torch.tanh(checkpoint(self.first, x, use_reentrant=False)).square())
+
+
+def test_checkpointing_recomputes_with_the_given_parameters():
+    """Not with those that the model happens to hold."""
+    model = Checkpointed()
+    state = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    other = {name: 100 * tensor for name, tensor in state.items()}
+    x = torch.randn(4, 3)
+    model.load_state_dict(other)
+    found = disturbance_test(model, state, other, 1e-4, x).sd
+    model.load_state_dict(state)
+    torch.testing.assert_close(found, disturbance_test(model, state, other, 1e-4, x).sd)
+
+
+def test_no_gradient_is_an_error_and_not_a_rejection():
+    class Locked(nn.Linear):
+        @torch.no_grad()
+        def forward(self, x):
+            return super().forward(x)
+
+    model = Locked(3, 2)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match="no_grad"):
+        disturbance_test(model, state, state, 1.0, torch.ones(1, 3))
+    assert not disturbance_test(model, state, state, 0.0, torch.ones(1, 3)).rejected.any()

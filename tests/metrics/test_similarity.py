@@ -68,3 +68,9 @@ def test_task_vectors_are_not_concatenated(monkeypatch):
     monkeypatch.setattr(torch, "concat", None)
     assert cosine_similarity([TaskVector(vector) for vector in vectors(2)]).shape == (2, 2)
     assert similarity._BLOCK * 8 * 8 <= 1 << 26  # eight vectors: at most 64 MiB at a time
+
+
+def test_integers_and_running_statistics_do_not_count():
+    one = {"w": torch.tensor([1.0, 1.0]), "n": torch.tensor(10**6), "used": torch.tensor([True])}
+    other = {**one, "w": -one["w"]}
+    assert float(cosine_similarity([one, other])[0, 1]) == pytest.approx(-1.0)

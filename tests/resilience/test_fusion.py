@@ -159,3 +159,38 @@ def test_options_reach_the_realignment(setting):
     )
     assert done.trained == ("ln_post.weight", "ln_post.bias")
     assert seen == [6, 6]
+
+
+def test_rules_get_task_vectors_and_must_keep_their_keys():
+    model = nn.Linear(2, 2)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    heard = [{**{name: torch.ones_like(tensor) for name, tensor in base.items()}, "steps": torch.tensor(1)}] * 2
+    for vectors in (heard, (vector for vector in heard)):
+        resilient_fusion(model, base, vectors, {}, rule=lambda v: 0.5 * sum(v), frozen=(), steps=0)
+        torch.testing.assert_close(model.weight, base["weight"] + 1)
+    with pytest.raises(StateMismatchError, match="rule's result lacks 'bias'"):
+        resilient_fusion(model, base, heard, {}, rule=lambda v: v[0].select("weight"), frozen=(), steps=0)
+
+
+def test_a_tie_that_base_and_vectors_have_lost_is_not_fused_to_its_last_name():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight = model[0].weight
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torn = {"0.weight": torch.full((2, 2), 5.0), "1.weight": torch.full((2, 2), -7.0)}
+    with pytest.raises(StateMismatchError, match="one tensor in the model"):
+        resilient_fusion(model, base, [torn], {}, frozen=(), steps=0)
+    torch.testing.assert_close(model[0].weight.detach(), base["0.weight"])
+    resilient_fusion(model, base, [{name: torch.ones(2, 2) for name in torn}], {}, frozen=(), steps=0)
+    torch.testing.assert_close(model[0].weight.detach(), base["0.weight"] + 1)
+    assert model[1].weight is model[0].weight
+
+
+def test_a_wrong_optimizer_is_found_before_the_model_is_touched():
+    model = nn.Linear(2, 2)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    heard = [{name: torch.ones_like(tensor) for name, tensor in base.items()}]
+    with pytest.raises(TypeError, match="optimizer"):
+        resilient_fusion(
+            model, base, heard, [(torch.ones(1, 2), torch.tensor([0]))], frozen=(), optimizer=lambda p: None
+        )
+    assert torch.equal(model.weight, base["weight"])
