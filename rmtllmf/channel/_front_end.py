@@ -64,9 +64,6 @@ def front_ends(
         raise InputError(f"H: has {B.shape[-1]} users, but there are {users} vectors")
     sequence = decoding_order(inputs, order, link.strength) if receiver == "sic" else None
     F, W = designed_filters(inputs, link, designed_for, sequence)
-    orders = [] if sequence is None else sequence.expand(F.shape[:-1]).reshape(-1, users).tolist()
-    if F.ndim > 3:
-        raise InputError(f"H: expected at most one leading dimension, of fading blocks, got shape {tuple(F.shape)}")
     believed = torch.diagonal(F, dim1=-2, dim2=-1).real
     gain = (B.conj() * W).sum(-2).real
     if bool((gain <= 0).any()):
@@ -78,7 +75,15 @@ def front_ends(
     if spread.shape[-2] < spread.shape[-1]:  # fewer users than antennas: the same covariance from fewer numbers
         spread = torch.linalg.qr(spread.mH).R.mH
     batch = torch.broadcast_shapes(leak.shape[:-2], spread.shape[:-2])
+    if len(batch) > 1:
+        raise InputError(
+            f"H: expected at most one leading dimension, of fading blocks, got {tuple(batch)} with P and C"
+        )
+    orders = None if sequence is None else sequence.expand(*batch, users).reshape(-1, users).tolist()
     leak = leak.expand(*batch, *leak.shape[-2:]).reshape(-1, *leak.shape[-2:])
     spread = spread.expand(*batch, *spread.shape[-2:]).reshape(-1, *spread.shape[-2:])
     gain, believed = (part.expand(*batch, users).reshape(-1, users) for part in (gain, believed / gain))
-    return [FrontEnd(leak[b], spread[b], gain[b], believed[b], orders[b] if orders else None) for b in range(len(leak))]
+    return [
+        FrontEnd(leak[b], spread[b], gain[b], believed[b], None if orders is None else orders[b])
+        for b in range(len(leak))
+    ]

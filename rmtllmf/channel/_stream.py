@@ -67,13 +67,13 @@ class Stream:
             if end >= stop:
                 return
 
-    def rebuilt(self, flat: Sequence[Mapping[str, Tensor]]) -> list[Any]:
+    def rebuilt(self, flat: Sequence[Mapping[str, Tensor]], *, every_dtype: bool = False) -> list[Any]:
         """The received entries in the form of the vectors: a TaskVector through its own ``map``, else a dict."""
         result: list[Any] = []
         for index, (given, vector, parts) in enumerate(zip(self.given, self.vectors, flat, strict=True)):
             bent = {key: parts[key].view(vector[key].shape) for key in self.keys}
             for key, tensor in bent.items():
-                if tensor.dtype == torch.float16 and not all_finite(tensor):
+                if (every_dtype or tensor.dtype.itemsize < 4) and not all_finite(tensor):
                     raise NonFiniteError(f"vectors[{index}][{key!r}]: the received values overflow {tensor.dtype}")
             bent.update({key: bent[original] for key, original in self.alias.items()})
             if hasattr(given, "map"):

@@ -8,7 +8,7 @@ import torch
 
 from .._arrays import Array, ArrayLike, Inputs, check_channel
 from .._random import Seed, generator, seed_number
-from ..errors import InputError
+from ..errors import InputError, ShapeError
 
 __all__ = ["imperfect_channel"]
 
@@ -51,7 +51,7 @@ def imperfect_channel(H: Array, error: ArrayLike, *, seed: Seed) -> Any:
     try:
         epsilon = epsilon.expand(channel.shape[:-2])[..., None, None]
     except RuntimeError:
-        raise InputError(f"error: shape {tuple(epsilon.shape)} does not fit H {tuple(channel.shape)}") from None
+        raise ShapeError(f"error: shape {tuple(epsilon.shape)} does not fit H {tuple(channel.shape)}") from None
     source = generator(seed_number(seed), "imperfect_channel")
     w = torch.randn(channel.shape, dtype=torch.complex128, generator=source).to(channel.device)
     strength = channel.abs().square().mean(dim=-2, keepdim=True).sqrt()

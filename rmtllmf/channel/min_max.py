@@ -25,9 +25,11 @@ from .receivers import decoding_order
 
 __all__ = ["min_max_rate_covariance"]
 
-_ACCURACY = 1e-10  # of the largest rate, in nats
+_ACCURACY = 1e-9  # of the largest rate, in nats
 _GROWTH = 30.0
-_MAX_STEPS = 60  # Newton steps for one t
+_CENTRED = 1e-11  # decrement, in units of t, from which on a centre is exact enough
+_TOLERATED = 1e-9  # and up to which it is not worth an error: the accuracy that is promised
+_MAX_STEPS = 100  # Newton steps for one t
 
 
 def min_max_rate_covariance(
@@ -50,12 +52,13 @@ def min_max_rate_covariance(
         order: of successive cancellation, as for `sic`; the paper's is weakest first.
 
     Returns:
-        (..., N_R, N_R) complex: Hermitian positive semidefinite, of trace `P_N`; its largest rate is within 1e-9 of
+        (..., N_R, N_R) complex: Hermitian positive semidefinite, of trace `P_N`; its largest rate is within 2e-9 of
         the optimum (nats). Carries no gradient.
 
     Raises:
         TypeError: `H` is real. ShapeError: shapes do not fit. InputError: a negative or non-finite power, or a wrong
-            `order`. ConvergenceError: Newton's method failed, which takes powers very many orders of magnitude apart.
+            `order`. ConvergenceError: Newton's method failed; rarely, and only where users are received 60 dB or more above
+            both jammer and floor.
 
     Source: R-MTLLMF (P2). S. Boyd and L. Vandenberghe, "Convex Optimization", 2004, section 11.3.
 
@@ -139,7 +142,7 @@ def _rates(signal: Tensor, C: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Te
 
 def _centre(signal: Tensor, floor: Tensor, basis: Tensor, C: Tensor, s: Tensor, t: float) -> tuple[Tensor, Tensor]:
     """Newton's method with backtracking for one t, all batch items side by side."""
-    work = torch.ones_like(s, dtype=torch.bool)
+    work, lost = torch.ones_like(s, dtype=torch.bool), torch.zeros_like(s, dtype=torch.bool)
     for _ in range(_MAX_STEPS):
         rates, inverse_X, inverse_Y = _rates(signal, C, floor)
         slack, room = s[:, None] - rates, 1 - torch.diagonal(C, dim1=-2, dim2=-1).real.sum(-1)
@@ -163,26 +166,33 @@ def _centre(signal: Tensor, floor: Tensor, basis: Tensor, C: Tensor, s: Tensor, 
         hessian[:, 1:, 1:] += curvature
         step = -torch.linalg.solve(hessian, gradient)
         decrement = -(gradient * step).sum(-1)
-        work = work & (decrement > 1e-12 * max(1.0, t * 1e-6))
+        if not bool(torch.isfinite(decrement[work]).all()):
+            break
+        work = work & (decrement > 1e-12 + _CENTRED * t)  # s is within decrement / 2t of the minimum for this t
         if not bool(work.any()):
-            return C, s
+            break
         move = torch.einsum("kij,bk->bij", basis, step[:, 1:].to(basis.dtype))
         value, length = _barrier(signal, floor, C, s, t), torch.ones_like(s)
         waiting = work.clone()
         for _ in range(60):
             candidate = C + length[:, None, None] * move, s + length * step[:, 0]
-            good = _barrier(signal, floor, *candidate, t) <= value - 0.1 * length * decrement + 1e-12 * value.abs()
+            good = _barrier(signal, floor, *candidate, t) <= value - 0.1 * length * decrement + 1e-15 * value.abs()
             waiting = waiting & ~good
             if not bool(waiting.any()):
                 break
             length = torch.where(waiting, 0.5 * length, length)
-        work = work & ~waiting  # nothing better to be found in floating point: as good as it gets
+        # nothing better to be found in floating point: as good as it gets, and good enough if it is close
+        lost = lost | (waiting & (decrement > _TOLERATED * t))
+        work = work & ~waiting
         length = torch.where(work, length, 0.0)
         C, s = C + length[:, None, None] * move, s + length * step[:, 0]
-    raise ConvergenceError(
-        f"min_max_rate_covariance: Newton's method did not converge for {int(work.sum())} of {len(work)} batch items; "
-        "are the powers H, P, P_N and noise very many orders of magnitude apart?"
-    )
+    failed = lost | (work & ~(decrement <= _TOLERATED * t))
+    if bool(failed.any()):
+        raise ConvergenceError(
+            f"min_max_rate_covariance: Newton's method did not converge for {int(failed.sum())} of {len(work)} batch "
+            "items; are users received 60 dB or more above both jammer and floor?"
+        )
+    return C, s
 
 
 def _barrier(signal: Tensor, floor: Tensor, C: Tensor, s: Tensor, t: float) -> Tensor:

@@ -24,6 +24,7 @@ from .quantiser import QUANTISERS
 __all__ = ["transmit_symbols"]
 
 
+@torch.no_grad()  # decisions have no derivative, and a graph of every chunk would not fit
 def transmit_symbols(
     vectors: Iterable[Tensors],
     H: Array,
@@ -80,7 +81,7 @@ def transmit_symbols(
         progress: show a bar.
 
     Returns:
-        A list of Q: a `TaskVector` where one was given, else a dict; same dtypes and devices.
+        A list of Q: a `TaskVector` where one was given, else a dict; same dtypes and devices; without gradients.
 
     Raises:
         InputError: an option that is unknown or belongs to the other kind of modulation, a silent user, no vectors,
@@ -111,7 +112,7 @@ def transmit_symbols(
     if cancellation not in CANCELLATIONS:
         raise InputError(f"cancellation: expected one of {', '.join(map(repr, CANCELLATIONS))}, got {cancellation!r}")
     ends = front_ends(H, P, C, designed_for, order, receiver, len(stream.vectors))
-    if code is not None and cancellation == "real" and len(ends) > 1:
+    if code is not None and cancellation == "real" and receiver == "sic" and len(ends) > 1:
         raise InputError("cancellation: 'real' with a code needs a single fading block, or words would span several")
     total = modem.symbols(stream.length)
     check_blocks(len(ends), total, "H")
@@ -134,7 +135,7 @@ def transmit_symbols(
                 noise[:, part] = end.noise.to(noise.dtype)[:, None]
             modem.demodulate(start, stop, estimates, noise, out)
             advance(stop - start)
-    return stream.rebuilt(out)
+    return stream.rebuilt(out, every_dtype=True)
 
 
 def _modem(
@@ -168,7 +169,8 @@ def _modem(
     constellation = Constellation(modulation)
     if scale is not None:
         raise InputError("scale: belongs to the analog link; the digital one scales by its quantiser")
-    width, kind, how = 8 if bits is None else bits, quantiser or "uniform", decisions or "hard"
+    width, kind = 8 if bits is None else bits, "uniform" if quantiser is None else quantiser
+    how = "hard" if decisions is None else decisions
     if whole_number(width, "bits", at_least=1) > 12:
         raise InputError(f"bits: expected at most 12 bits a coefficient, got {width}")
     if kind not in QUANTISERS:

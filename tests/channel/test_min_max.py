@@ -99,3 +99,29 @@ def test_a_jammer_with_a_wrong_channel_does_less_harm():
     means = [rate.mean() for rate in rates]
     assert means == sorted(means)
     assert np.all(rates[1] >= rates[0] * (1 - 1e-12))
+
+
+@pytest.mark.parametrize("jammer", [1.0, 100.0])
+@pytest.mark.parametrize("snr_db", [0, 20, 40, 50])
+def test_it_converges_over_the_whole_range_of_powers(snr_db, jammer):
+    """Signal far above jammer and floor: the last digits of the rates are all that is left to minimise."""
+    H = complex_normal(np.random.default_rng(snr_db), 6, 6, 4)
+    noise = 10 ** (-snr_db / 10)
+    C = min_max_rate_covariance(H, 1.0, jammer * noise, noise=noise)
+    rates = sic(H, 1.0, C + noise * np.eye(6)).rate
+    largest = rates.max(-1)
+    assert np.isfinite(largest).all()
+    # a step towards any other covariance does not help, so this is the minimum of a convex function
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        for share in (1e-4, 1e-2):
+            other = (1 - share) * C + share * jammer * noise * random_covariance(rng, 6)
+            assert np.all(sic(H, 1.0, other + noise * np.eye(6)).rate.max(-1) >= largest - 1e-8)
+
+
+def test_the_papers_uplink_with_a_weak_jammer():
+    up = UplinkScenario().draw(4, seed=0, numpy=True)
+    C = min_max_rate_covariance(up.H, up.P, up.noise, noise=up.noise)
+    rates = sic(up.H, up.P, C + up.noise_covariance).rate
+    other = sic(up.H, up.P, strongest_user_covariance(up.H, up.P, up.noise) + up.noise_covariance).rate
+    assert np.all(rates.max(-1) <= other.max(-1) + 1e-8)  # a weak jammer does best against the strongest user alone

@@ -247,3 +247,24 @@ def test_double_precision_and_progress(capsys):
     assert got["w"].dtype == torch.float64
     assert snr_db(sent[0], got) > 250
     assert "2.00k/2.00k" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("receiver", ["sic", "lmmse"])
+def test_a_jammer_that_changes_from_block_to_block(receiver):
+    """Only C has blocks; the receiver, unaware of it, stays the same."""
+    H = complex_normal(np.random.default_rng(7), 4, 2)
+    C = np.stack([0.01 * np.eye(4), 1.0 * np.eye(4)]) + 0j
+    sent = gaussian(40_000, users=2)
+    got = transmit_symbols(sent, H, 1.0, C, seed=0, modulation="analog", receiver=receiver, designed_for=C[0])
+    rx = (sic if receiver == "sic" else lmmse)(H, 1.0, C, designed_for=C[0])
+    expected = np.einsum("bqq->bq", rx.noise_covariance).real / rx.gain**2
+    for q in range(2):
+        error = (got[q]["w"] - sent[q]["w"]).double().numpy() / float(sent[q]["w"].square().mean().sqrt())
+        for block, part in enumerate(np.split(error, 2)):
+            assert np.mean(part**2) == pytest.approx(expected[block, q], rel=5 * math.sqrt(2 / 20_000))
+
+
+def test_parameters_carry_no_graph_through_the_link():
+    sent = [{"w": torch.nn.Parameter(torch.ones(8))}]
+    (got,) = transmit_symbols(sent, np.eye(1) + 0j, 1.0, np.eye(1), seed=0, modulation="analog")
+    assert not got["w"].requires_grad

@@ -186,7 +186,7 @@ CASES = [
     ("arithmetic: huge scale", lambda: task_arithmetic([V], 10**400), InputError, "scale: .*finite"),
     ("min_max: order", lambda: min_max_rate_covariance(H, 1.0, 1.0, order="fastest"), InputError, "order: .*'fastest'"),
     ("imperfect: error", lambda: imperfect_channel(H, 1.5, seed=0), InputError, "error: .*between 0 and 1, got 1.5"),
-    ("imperfect: shape", lambda: imperfect_channel(H, [0.1, 0.2], seed=0), InputError, r"error: shape \(2,\)"),
+    ("imperfect: shape", lambda: imperfect_channel(H, [0.1, 0.2], seed=0), ShapeError, r"error: shape \(2,\)"),
     ("imperfect: real H", lambda: imperfect_channel(H.real, 0.1, seed=0), TypeError, "H: expected complex"),
     *every_jammer(),
     *every_receiver(),
