@@ -57,8 +57,8 @@ def min_max_rate_covariance(
 
     Raises:
         TypeError: `H` is real. ShapeError: shapes do not fit. InputError: a negative or non-finite power, or a wrong
-            `order`. ConvergenceError: Newton's method failed; rarely, and only where users are received 60 dB or more above
-            both jammer and floor.
+            `order`. ConvergenceError: Newton's method failed; rarely, and only where users are received 60 dB or more
+            above both jammer and floor.
 
     Source: R-MTLLMF (P2). S. Boyd and L. Vandenberghe, "Convex Optimization", 2004, section 11.3.
 
