@@ -49,9 +49,8 @@ def modes(H: Tensor, P: Tensor) -> Modes:
 
     No zero eigenvalues appear there when Q < N_R, and it is cheaper. If all users are silent, `v` is zero, `unit` one.
     """
-    B, trace, unit = _normalised(H, P)
+    B, gram, trace, unit = _normalised(H, P)
     wide = B.shape[-1] >= B.shape[-2]
-    gram = B @ B.mH if wide else B.mH @ B
     share = torch.where(trace > 0, 1 / torch.where(trace > 0, trace, 1.0), 1.0)  # multiplied: complex division is slow
     v, V = torch.linalg.eigh(gram * share[..., None, None])
     v = v.clamp_min(0.0)
@@ -66,8 +65,7 @@ def modes(H: Tensor, P: Tensor) -> Modes:
 
 def mode_powers(H: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
     """The eigenvalues and the unit alone: half the work."""
-    B, trace, unit = _normalised(H, P)
-    gram = B @ B.mH if B.shape[-1] >= B.shape[-2] else B.mH @ B
+    B, gram, trace, unit = _normalised(H, P)
     share = torch.where(trace > 0, 1 / torch.where(trace > 0, trace, 1.0), 1.0)
     v = torch.linalg.eigvalsh(gram * share[..., None, None]).clamp_min(0.0)
     poor = v[..., 0] < ILL_CONDITIONED * v[..., -1]
@@ -78,17 +76,18 @@ def mode_powers(H: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
     return v, unit
 
 
-def _normalised(H: Tensor, P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``H P^1/2`` with entries of at most 1, so that nothing over- or underflows; its energy; and that in W."""
+def _normalised(H: Tensor, P: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``H P^1/2`` with entries of at most 1, so that nothing under- or overflows; its Gram matrix, energy, power."""
     amplitude, strongest = largest(H, dims=2), P.amax(-1)
     amplitude = torch.where(amplitude > 0, amplitude, 1.0)
     strongest = torch.where(strongest > 0, strongest, 1.0)
     B = H * ((P / strongest[..., None]).sqrt() / amplitude[..., None])[..., None, :]
-    trace = torch.view_as_real(B).square().sum(dim=(-3, -2, -1))
+    gram = B @ B.mH if B.shape[-1] >= B.shape[-2] else B.mH @ B
+    trace = torch.diagonal(gram, dim1=-2, dim2=-1).real.sum(-1)
     unit = torch.where(trace > 0, trace * amplitude.square() * strongest, 1.0)
     if not bool((torch.isfinite(unit) & (unit > 0)).all()):
         raise ConvergenceError("worst_case: the received power H P H^H over- or underflows double precision")
-    return B, trace, unit
+    return B, gram, trace, unit
 
 
 def fill(v: Tensor, P_N: Tensor, s2: Tensor) -> Filling:
