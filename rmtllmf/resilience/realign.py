@@ -205,7 +205,9 @@ def prepare(
     if not callable(loss):
         raise TypeError(f"loss: expected a function of logits and targets, got {type(loss).__name__}")
     tasks = as_tasks(tasks_or_batches, "tasks_or_batches") if steps else {}
-    streams = [task.batches for task in tasks.values() if iter(task.batches) is task.batches]
+    streams = [
+        task.batches for task in tasks.values() if isinstance(task.batches, Iterator)
+    ]  # iter() would cost a DataLoader a draw
     if len({id(stream) for stream in streams}) < len(streams):
         raise InputError("tasks_or_batches: two tasks share one iterator, and would get every other batch of it")
     trained, fixed = _choose(model, frozen, trainable, needed=steps > 0)

@@ -415,3 +415,14 @@ def test_one_iterator_for_two_tasks_and_namedtuples():
 
     x = torch.ones(3, 2)
     assert len(realign(Sum(2, 2), [(Pair(x, x), torch.tensor([0, 1, 1]))], steps=2).losses) == 2
+
+
+def test_a_loaders_generator_is_drawn_from_as_often_as_it_is_gone_through():
+    """No look at the batches beforehand: what a seed gives does not depend on how arguments are checked."""
+    data = TensorDataset(torch.randn(6, 2), torch.arange(6) % 2)
+    source = torch.Generator().manual_seed(0)
+    realign(nn.Linear(2, 2), DataLoader(data, batch_size=2, shuffle=True, generator=source), steps=3)
+    expected = torch.Generator().manual_seed(0)
+    batches = iter(DataLoader(data, batch_size=2, shuffle=True, generator=expected))
+    assert len([next(batches) for _ in range(3)]) == 3
+    assert torch.equal(source.get_state(), expected.get_state())
