@@ -49,35 +49,39 @@ def modes(H: Tensor, P: Tensor) -> Modes:
 
     No zero eigenvalues appear there when Q < N_R, and it is cheaper. If all users are silent, `v` is zero, `unit` one.
     """
-    B, gram, trace, unit = _normalised(H, P)
-    wide = B.shape[-1] >= B.shape[-2]
-    share = torch.where(trace > 0, 1 / torch.where(trace > 0, trace, 1.0), 1.0)  # multiplied: complex division is slow
+    B, gram, share, unit = _normalised(H, P)
     v, V = torch.linalg.eigh(gram * share[..., None, None])
     v = v.clamp_min(0.0)
+    wide = B.shape[-1] >= B.shape[-2]
     U = V if wide else B @ (V * (share[..., None] / torch.where(v > 0, v, 1.0)).sqrt()[..., None, :])
     poor = v[..., 0] < ILL_CONDITIONED * v[..., -1]
     if bool(poor.any()):
         left, s, _ = torch.linalg.svd(B[poor], full_matrices=False)
-        s = torch.where(s > max(B.shape[-2:]) * EPS * s[..., :1], s, 0.0)
-        v[poor], U[poor] = (s.square() * share[poor][..., None]).flip(-1), left.flip(-1)
+        v[poor], U[poor] = _powers_of(s, B, share[poor]), left.flip(-1)
     return Modes(v, U, unit)
 
 
 def mode_powers(H: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
     """The eigenvalues and the unit alone: half the work."""
-    B, gram, trace, unit = _normalised(H, P)
-    share = torch.where(trace > 0, 1 / torch.where(trace > 0, trace, 1.0), 1.0)
+    B, gram, share, unit = _normalised(H, P)
     v = torch.linalg.eigvalsh(gram * share[..., None, None]).clamp_min(0.0)
     poor = v[..., 0] < ILL_CONDITIONED * v[..., -1]
     if bool(poor.any()):
-        s = torch.linalg.svdvals(B[poor])
-        s = torch.where(s > max(B.shape[-2:]) * EPS * s[..., :1], s, 0.0)
-        v[poor] = (s.square() * share[poor][..., None]).flip(-1)
+        v[poor] = _powers_of(torch.linalg.svdvals(B[poor]), B, share[poor])
     return v, unit
 
 
+def _powers_of(s: Tensor, B: Tensor, share: Tensor) -> Tensor:
+    """Eigenvalues, ascending, from singular values of `B`, descending; 0 where these are rounding."""
+    s = torch.where(s > max(B.shape[-2:]) * EPS * s[..., :1], s, 0.0)
+    return (s.square() * share[..., None]).flip(-1)
+
+
 def _normalised(H: Tensor, P: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``H P^1/2`` with entries of at most 1, so that nothing under- or overflows; its Gram matrix, energy, power."""
+    """Scale first, so that nothing under- or overflows.
+
+    ``H P^1/2`` with entries of at most 1; its smaller Gram matrix; the factor that gives that trace 1; the trace in W.
+    """
     amplitude, strongest = largest(H, dims=2), P.amax(-1)
     amplitude = torch.where(amplitude > 0, amplitude, 1.0)
     strongest = torch.where(strongest > 0, strongest, 1.0)
@@ -87,7 +91,8 @@ def _normalised(H: Tensor, P: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     unit = torch.where(trace > 0, trace * amplitude.square() * strongest, 1.0)
     if not bool((torch.isfinite(unit) & (unit > 0)).all()):
         raise ConvergenceError("worst_case: the received power H P H^H over- or underflows double precision")
-    return B, gram, trace, unit
+    # to be multiplied with: complex division is slow
+    return B, gram, torch.where(trace > 0, 1 / torch.where(trace > 0, trace, 1.0), 1.0), unit
 
 
 def fill(v: Tensor, P_N: Tensor, s2: Tensor) -> Filling:
