@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor
+from typing_extensions import Unpack
 
-from .._state import (
-    Tensors,
-    all_finite,
-    as_vectors,
-    check_finite,
-    finite_number,
-    heuristic_scale,
-    is_bendable,
-    map_tied,
-    wide,
-)
-from ..errors import InputError, NonFiniteError
+from .._state import Tensors, finite_number, heuristic_scale
+from ._engine import Fusion
+from ._linear import weighted_sum
+from ._options import FusionOptions
 from .vector import TaskVector
 
 __all__ = ["heuristic_scale", "task_arithmetic"]
 
 
-def task_arithmetic(vectors: Iterable[Tensors], scale: float | None = None) -> TaskVector:
+def task_arithmetic(vectors: Iterable[Tensors], scale: float | None = None, **options: Unpack[FusionOptions]) -> TaskVector:
     r"""The fused update of task arithmetic.
 
     .. math:: \tau = \lambda_N \sum_{q=1}^{N} \tau_q
@@ -50,25 +41,6 @@ def task_arithmetic(vectors: Iterable[Tensors], scale: float | None = None) -> T
         >>> update.apply_to({"w": torch.tensor([10.0])})
         {'w': tensor([12.])}
     """
-    states = as_vectors(vectors, "vectors")
-    factor = heuristic_scale(len(states)) if scale is None else finite_number(scale, "scale")
-    keys = [key for key, tensor in states[0].items() if is_bendable(key, tensor)]
-    if not keys:
-        raise InputError("vectors: hold no floating-point entries, so there is nothing to add up")
-
-    def scaled_sum(*tensors: Tensor) -> Tensor:
-        dtypes = {tensor.dtype for tensor in tensors}
-        total = wide(tensors[0])
-        total = total.to(torch.float64 if torch.float64 in dtypes else torch.float32, copy=total is tensors[0])
-        for tensor in tensors[1:]:
-            total += tensor.to(total.dtype)
-        total *= factor
-        return total.to(dtypes.pop()) if len(dtypes) == 1 else total
-
-    fused = map_tied(scaled_sum, keys, *states)
-    for key, value in fused.items():
-        if not all_finite(value):
-            for index, state in enumerate(states):
-                check_finite({key: state[key]}, f"vectors[{index}]")
-            raise NonFiniteError(f"the sum of vectors[...][{key!r}] overflows {value.dtype}")
-    return TaskVector(fused)
+    fusion = Fusion(vectors, options)
+    factor = heuristic_scale(fusion.count) if scale is None else finite_number(scale, "scale")
+    return weighted_sum(fusion, lambda key: [factor * weight for weight in fusion.weights(key)])

@@ -1,0 +1,234 @@
+"""The engine under the fusion rules: reads vectors piece by piece, calls the rule on every piece, guards the result.
+
+A rule that works entry by entry is given pieces short enough for the cache, on all cores; a rule that needs whole
+matrices is given one matrix a thread. Peak memory is the vectors and the result plus a few pieces (matrices) a thread.
+A rule that must know something of the whole vectors first (norms, thresholds) surveys them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .._state import Tensors, all_finite, select_names
+from .._threads import share_out
+from ..errors import InputError, NonFiniteError
+from ._options import FusionOptions, checked_options, weights_of
+from ._sinks import Memory, Sink
+from ._sources import Source, Spec, bendable, sources_of
+from .vector import TaskVector
+
+Found = TypeVar("Found")
+
+PIECE = 1 << 17  # entries: eight vectors' pieces and the result stay in the cache of a core
+PIECE_ON_DEVICE = 1 << 24  # on a GPU a piece should keep it busy
+
+
+@dataclass
+class Piece:
+    """Entries [start, stop) of one flattened tensor, of all vectors."""
+
+    key: str
+    start: int
+    stop: int
+    parts: list[Tensor]  # one a vector, in the dtype of the calculation; not to be written to
+    into: Tensor  # where the update goes
+    spare: Callable[[int], Tensor]  # spare(0), spare(1), ...: scratch memory of the same length
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class Fusion:
+    """Vectors and options, checked, and what can be done with them.
+
+    Attributes:
+        count: number of vectors.
+        keys: the names that are fused, one for each memory, in the order given.
+        specs: what the update is, for each of `keys`.
+        weights: name -> a weight for each vector.
+    """
+
+    def __init__(self, vectors: Iterable[Tensors], options: FusionOptions, *, argument: str = "vectors") -> None:
+        options = checked_options(options)
+        self.sources: Sequence[Source] = sources_of(vectors, argument)
+        self.count = len(self.sources)
+        names = [key for key, spec in self.sources[0].specs.items() if bendable(key, spec)]
+        if not names:
+            raise InputError(f"{argument}: hold no floating-point entries, so there is nothing to fuse")
+        skipped = set(select_names(names, options.get("skip", ()), "skip"))
+        names = [key for key in names if key not in skipped]
+        if not names:
+            raise InputError("skip: leaves nothing to fuse")
+        self.weights = weights_of(options.get("weights"), self.count, names)
+        self.keys, self.alias = self._ties(names)
+        compute = options.get("compute_dtype")
+        self.compute = {key: compute or self._calculated_in(key) for key in self.keys}
+        dtype = options.get("dtype")
+        self.specs = {key: self._result(key, dtype) for key in self.keys}
+        self.progress = bool(options.get("progress", False))
+        out: Any = options.get("out")
+        self.sink: Sink = out if hasattr(out, "open") else Memory(out)
+
+    def by_entry(self, combine: Callable[[Piece], None], *, weighted: bool = True) -> TaskVector:
+        """The update of a rule that works entry by entry: `combine` fills ``piece.into``.
+
+        With `weighted` the parts come multiplied by their weights.
+        """
+        return self._run([], None, combine, weighted)
+
+    def by_matrix(
+        self, combine: Callable[[str, list[Tensor]], Tensor], otherwise: Callable[[Piece], None]
+    ) -> TaskVector:
+        """The update of a rule for matrices: a new one from N weighted ones, and `otherwise` for all other tensors."""
+        matrices = [key for key in self.keys if len(self.specs[key].shape) == 2 and self.specs[key].size]
+        matrices.sort(key=lambda key: (-self.specs[key].size, key))  # the longest first: no thread waits long at the end
+        return self._run(matrices, combine, otherwise, True)
+
+    def survey(
+        self, look: Callable[[Piece], Found], *, keys: Iterable[str] | None = None, weighted: bool = True
+    ) -> list[Found]:
+        """What `look` finds in every piece, in the order of the sorted names: for sums that do not depend on threads."""
+        pieces = list(self._pieces(sorted(self.keys if keys is None else keys)))
+        found: list[Any] = [None] * len(pieces)
+
+        def worker() -> Callable[[tuple[int, tuple[str, int, int]]], None]:
+            space = _Space(self)
+
+            def work(item: tuple[int, tuple[str, int, int]]) -> None:
+                index, (key, start, stop) = item
+                found[index] = look(self._piece(space, key, start, stop, None, weighted))
+
+            return work
+
+        share_out(worker, enumerate(pieces), alone=self._alone)
+        return found
+
+    def blame(self, key: str) -> NonFiniteError:
+        """Whose fault it is that the update of `key` is not finite."""
+        for source in self.sources:
+            whole = source.whole(key)
+            if not all_finite(whole):
+                count = int((~torch.isfinite(whole)).sum())
+                return NonFiniteError(
+                    f"{source.label}[{key!r}] holds {count} non-finite entries; expected finite numbers"
+                )
+        return NonFiniteError(f"the fused {key!r} overflows {self.compute[key]}")
+
+    def _run(
+        self,
+        matrices: list[str],
+        combine: Callable[[str, list[Tensor]], Tensor] | None,
+        by_entry: Callable[[Piece], None],
+        weighted: bool,
+    ) -> TaskVector:
+        self.sink.open(self.specs, self.alias, list(self.sources))
+        chosen = set(matrices)
+        items: list[tuple[str, int, int]] = [(key, 0, -1) for key in matrices]
+        items += self._pieces(key for key in self.keys if key not in chosen)
+
+        def worker() -> Callable[[tuple[str, int, int]], None]:
+            space = _Space(self)
+
+            def work(item: tuple[str, int, int]) -> None:
+                key, start, stop = item
+                if stop < 0 and combine is not None:
+                    update = self._matrix(key, combine)
+                else:
+                    piece = self._piece(space, key, start, stop, self.sink, weighted)
+                    by_entry(piece)
+                    update = piece.into
+                if not all_finite(update):
+                    raise self.blame(key)
+                self.sink.write(key, start, update)
+
+            return work
+
+        share_out(worker, self._shown(items), alone=self._alone)
+        result = self.sink.done()
+        if not isinstance(self.sink, Memory):
+            return result  # type: ignore[no-any-return]  # for `fuse` and `fuse_files`, which own the sink
+        names = {key: None for key in self.sources[0].specs if key in result}
+        return TaskVector._of({key: result[key] for key in names})
+
+    def _matrix(self, key: str, combine: Callable[[str, list[Tensor]], Tensor]) -> Tensor:
+        parts = [source.whole(key, self.compute[key], self.specs[key].device) for source in self.sources]
+        parts = [part if w == 1 else part * w for part, w in zip(parts, self.weights(key), strict=True)]
+        try:
+            return combine(key, parts).reshape(-1)
+        except torch.linalg.LinAlgError:
+            if all(all_finite(part) for part in parts):
+                raise
+            raise self.blame(key) from None
+
+    def _piece(self, space: _Space, key: str, start: int, stop: int, sink: Sink | None, weighted: bool) -> Piece:
+        dtype, device, length = self.compute[key], self.specs[key].device, stop - start
+        parts = []
+        for index, (source, weight) in enumerate(zip(self.sources, self.weights(key), strict=True)):
+            buffer = space.row(index, length, dtype, device)
+            part = source.read(key, start, stop, buffer)
+            parts.append(torch.mul(part, weight, out=buffer) if weighted and weight != 1 else part)
+        target = None if sink is None else sink.target(key, start, stop)
+        if target is None or target.dtype != dtype:
+            target = space.row(-1, length, dtype, device)
+        return Piece(key, start, stop, parts, target, lambda slot: space.row(-2 - slot, length, dtype, device))
+
+    def _pieces(self, keys: Iterable[str]) -> Iterator[tuple[str, int, int]]:
+        for key in keys:
+            spec = self.specs[key]
+            longest = PIECE if spec.device.type == "cpu" else PIECE_ON_DEVICE
+            if not all(source.sliceable(key) for source in self.sources):
+                longest = max(1, spec.size)
+            for start in range(0, spec.size, longest):
+                yield key, start, min(start + longest, spec.size)
+
+    @property
+    def _alone(self) -> bool:
+        small = sum(spec.size for spec in self.specs.values()) <= PIECE  # not worth a thread
+        return small or any(spec.device.type != "cpu" for spec in self.specs.values())
+
+    def _shown(self, items: list[tuple[str, int, int]]) -> Iterable[tuple[str, int, int]]:
+        if not self.progress:
+            return items
+        from tqdm.auto import tqdm
+
+        return tqdm(items, desc="fusing", unit="piece")
+
+    def _ties(self, names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+        """Names to fuse, and those tied to one of them in every vector (and weighted alike)."""
+        known: dict[Hashable, str] = {}
+        alias: dict[str, str] = {}
+        for key in sorted(names):
+            memory = (*(source.identity(key) for source in self.sources), *self.weights(key))
+            original = known.setdefault(memory, key)
+            if original != key:
+                alias[key] = original
+        return [key for key in names if key not in alias], alias
+
+    def _calculated_in(self, key: str) -> torch.dtype:
+        double = any(source.specs[key].dtype == torch.float64 for source in self.sources)
+        return torch.float64 if double else torch.float32
+
+    def _result(self, key: str, dtype: torch.dtype | None) -> Spec:
+        dtypes = {source.specs[key].dtype for source in self.sources}
+        return self.sources[0].specs[key]._replace(
+            dtype=dtype or (dtypes.pop() if len(dtypes) == 1 else self._calculated_in(key))
+        )
+
+
+class _Space:
+    """Buffers of one thread, used again for every piece."""
+
+    def __init__(self, fusion: Fusion) -> None:
+        self.longest = max((stop - start for _, start, stop in fusion._pieces(fusion.keys)), default=0)
+        self.rows: dict[Hashable, Tensor] = {}
+
+    def row(self, slot: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        found = self.rows.get((slot, dtype, device))
+        if found is None:
+            found = self.rows[slot, dtype, device] = torch.empty(self.longest, dtype=dtype, device=device)
+        return found[:length]

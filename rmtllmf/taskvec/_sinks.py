@@ -1,0 +1,131 @@
+"""Where the engine writes the fused update: fresh memory, the caller's memory, or on top of a base model."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, MutableMapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .._state import all_finite, check_keys, identity
+from ..errors import InputError, NonFiniteError, StateMismatchError
+from ._sources import Source, Spec, Stored
+
+
+class Sink(Protocol):
+    """Told once what comes, then given it piece by piece, by several threads, in any order."""
+
+    def open(self, specs: Mapping[str, Spec], alias: Mapping[str, str], sources: list[Source]) -> None:
+        """`specs` of what is written, with the dtype that the update should have; `alias`: names tied to these."""
+
+    def target(self, key: str, start: int, stop: int) -> Tensor | None:
+        """Memory in which the update may be calculated, and which is its place: or None."""
+
+    def write(self, key: str, start: int, update: Tensor) -> None:
+        """Entries from `start` on, in the dtype of the calculation, known to be finite."""
+
+    def done(self) -> Any:
+        """The result, after the last piece."""
+
+
+class Memory:
+    """Tensors of the update: fresh ones, or the caller's."""
+
+    def __init__(self, out: MutableMapping[str, Tensor] | None = None) -> None:
+        self.out = out
+
+    def open(self, specs: Mapping[str, Spec], alias: Mapping[str, str], sources: list[Source]) -> None:
+        if self.out is None:
+            self.tensors = {k: torch.empty(s.shape, dtype=s.dtype, device=s.device) for k, s in specs.items()}
+        else:
+            check_out(self.out, specs, alias, sources)
+            self.tensors = {key: self.out[key].detach() for key in specs}
+        self.specs, self.alias = specs, alias
+        self.flat = {key: tensor.view(-1) for key, tensor in self.tensors.items() if tensor.is_contiguous()}
+
+    def target(self, key: str, start: int, stop: int) -> Tensor | None:
+        flat = self.flat.get(key)
+        return None if flat is None else flat[start:stop]
+
+    def write(self, key: str, start: int, update: Tensor) -> None:
+        place = self.target(key, start, start + len(update))
+        if place is None:
+            tensor = self.tensors[key]
+            index = torch.arange(start, start + len(update), device=tensor.device)
+            tensor[torch.unravel_index(index, tensor.shape)] = update.to(tensor.device, tensor.dtype)
+            place = update.to(tensor.dtype)
+        elif place.data_ptr() != update.data_ptr():
+            place.copy_(update)
+        if place.dtype != update.dtype and not all_finite(place):
+            raise NonFiniteError(f"the fused {key!r} overflows {place.dtype}")
+
+    def done(self) -> dict[str, Tensor]:
+        result = dict(self.tensors)
+        for key, original in self.alias.items():
+            if self.out is None or identity(self.out[key]) == identity(self.out[original]):
+                result[key] = result[original]
+            else:
+                result[key] = self.out[key].detach().copy_(result[original])
+        return result
+
+
+class Applied:
+    """The base model plus the update, in the base's dtype unless another is asked for."""
+
+    def __init__(self, base: Source, inner: Memory, dtype: torch.dtype | None) -> None:
+        self.base, self.inner, self.dtype = base, inner, dtype
+
+    def open(self, specs: Mapping[str, Spec], alias: Mapping[str, str], sources: list[Source]) -> None:
+        """The fused entries only: what the update does not name is the caller's to carry over."""
+        models = {key: spec._replace(dtype=self.dtype or self.base.specs[key].dtype) for key, spec in specs.items()}
+        self.inner.open(models, alias, [*sources, self.base])
+
+    def target(self, key: str, start: int, stop: int) -> Tensor | None:
+        return self.inner.target(key, start, stop)
+
+    def write(self, key: str, start: int, update: Tensor) -> None:
+        before = self.base.read(key, start, start + len(update), torch.empty_like(update))
+        self.inner.write(key, start, update.add_(before))
+
+    def done(self) -> dict[str, Tensor]:
+        return self.inner.done()
+
+
+def check_out(
+    out: object, specs: Mapping[str, Spec], alias: Mapping[str, str], sources: list[Source], argument: str = "out"
+) -> None:
+    """Raise unless `out` can take tensors of `specs` and shares no memory with the sources or within itself."""
+    if not isinstance(out, Mapping):
+        raise TypeError(f"{argument}: expected a mapping of name -> tensor, got {type(out).__name__}")
+    check_keys(out, [*specs, *alias], argument, "the result")
+    memory: dict[Hashable, str] = {}
+    read = {
+        (tensor.device, tensor.untyped_storage().data_ptr()): f"{source.label}[{key!r}]"
+        for source in sources
+        if isinstance(source, Stored)
+        for key, tensor in source.tensors.items()
+        if tensor.numel()
+    }
+    for key in [*specs, *alias]:
+        tensor, spec = out[key], specs[alias.get(key, key)]
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{argument}[{key!r}]: expected a tensor, got {type(tensor).__name__}")
+        if tuple(tensor.shape) != spec.shape:
+            raise StateMismatchError(
+                f"{argument}[{key!r}] has shape {tuple(tensor.shape)}; the result has {spec.shape}"
+            )
+        if tensor.dtype != spec.dtype or tensor.device != spec.device:
+            raise StateMismatchError(
+                f"{argument}[{key!r}] is {tensor.dtype} on {tensor.device}; the result is {spec.dtype} on "
+                f"{spec.device}. Choose it with dtype=..."
+            )
+        if not tensor.numel():
+            continue
+        place = (tensor.device, tensor.untyped_storage().data_ptr())
+        if place in read:
+            raise InputError(f"{argument}[{key!r}] shares memory with {read[place]}, which must not be written to")
+        if key in specs:
+            twin = memory.setdefault(identity(tensor), key)
+            if twin != key:
+                raise InputError(f"{argument}: {twin!r} and {key!r} are one memory, but two results")

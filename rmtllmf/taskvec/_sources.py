@@ -1,0 +1,207 @@
+"""Where the engine reads task vectors from: piece by piece, from memory or made on demand."""
+
+from __future__ import annotations
+
+import threading
+from abc import abstractmethod
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .._state import Tensors, extrema, identity, is_bendable, quoted
+from ..errors import InputError, StateMismatchError
+
+
+class Spec(NamedTuple):
+    """What a tensor is, without its entries."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return prod(self.shape)
+
+    @property
+    def calculated_in(self) -> torch.dtype:
+        """float64 for float64, else float32: half precision is for storage."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+class Source(Mapping[str, Tensor]):
+    """One task vector, read in pieces. As a mapping, every access makes the whole tensor.
+
+    A subclass sets `label` (what errors call it) and `specs`, and reads. Several threads read at the same time.
+    """
+
+    label: str
+    specs: Mapping[str, Spec]
+
+    @abstractmethod
+    def read(self, key: str, start: int, stop: int, buffer: Tensor) -> Tensor:
+        """Entries [start, stop) of the flattened tensor, in the dtype and on the device of `buffer`.
+
+        `buffer`, of that length, may be used for them; what is returned is never written to.
+        """
+
+    def sliceable(self, key: str) -> bool:
+        """Whether a piece of it costs a piece of the work; else the tensor is read as a whole."""
+        return True
+
+    def identity(self, key: str) -> Hashable:
+        """Equal for two names of one tensor."""
+        return (id(self), key)
+
+    def whole(self, key: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+        """The tensor in its shape, by default in the dtype it is calculated in; not to be written to."""
+        spec = self.specs[key]
+        buffer = torch.empty(spec.size, dtype=dtype or spec.calculated_in, device=device or spec.device)
+        return self.read(key, 0, spec.size, buffer).view(spec.shape)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.whole(key).to(self.specs[key].dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+class Stored(Source):
+    """A mapping of tensors in memory; nothing is copied that is contiguous and of the right dtype."""
+
+    def __init__(self, tensors: Tensors, label: str) -> None:
+        self.label = label
+        self.tensors = {key: tensor.detach() for key, tensor in tensors.items()}
+        self.specs = {key: Spec(tuple(t.shape), t.dtype, t.device) for key, t in self.tensors.items()}
+        self._flat = {key: t.view(-1) for key, t in self.tensors.items() if t.is_contiguous()}
+
+    def sliceable(self, key: str) -> bool:
+        return key in self._flat
+
+    def identity(self, key: str) -> Hashable:
+        return identity(self.tensors[key])
+
+    def read(self, key: str, start: int, stop: int, buffer: Tensor) -> Tensor:
+        flat = self._flat.get(key)
+        part = self.tensors[key].reshape(-1)[start:stop] if flat is None else flat[start:stop]
+        return part if part.dtype == buffer.dtype and part.device == buffer.device else buffer.copy_(part)
+
+    def whole(self, key: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+        return self.tensors[key].to(device=device, dtype=dtype or self.specs[key].calculated_in)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.tensors[key]
+
+
+class Base:
+    """The base model that several `Difference`s share: a piece of it is converted and checked once for all of them."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._last = threading.local()
+
+    def read(self, key: str, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
+        """The piece, and whether all of it is finite. Valid until the same thread asks for the next."""
+        last, wanted = self._last, (key, start, stop, dtype, device)
+        if getattr(last, "piece", None) != wanted:
+            last.piece = None
+            buffer = getattr(last, "buffer", None)
+            if buffer is None or len(buffer) < stop - start or buffer.dtype != dtype or buffer.device != device:
+                buffer = last.buffer = torch.empty(stop - start, dtype=dtype, device=device)
+            last.values = self.source.read(key, start, stop, buffer[: stop - start])
+            low, high = extrema(last.values)
+            last.finite = low - low == 0 and high - high == 0
+            last.piece = wanted
+        return last.values, last.finite
+
+
+class Difference(Source):
+    """``model - base``, never held as a whole. Where both are the same infinity or NaN nothing changed: 0."""
+
+    def __init__(self, base: Base, model: Source, label: str) -> None:
+        self.label, self.base, self.model = label, base, model
+        self.specs = {
+            key: spec._replace(dtype=spec.calculated_in)
+            for key, spec in model.specs.items()
+            if is_bendable(key, torch.empty(0, dtype=spec.dtype))
+        }
+
+    def sliceable(self, key: str) -> bool:
+        return self.model.sliceable(key) and self.base.source.sliceable(key)
+
+    def identity(self, key: str) -> Hashable:
+        return (self.model.identity(key), self.base.source.identity(key))
+
+    def read(self, key: str, start: int, stop: int, buffer: Tensor) -> Tensor:
+        after = self.model.read(key, start, stop, buffer)
+        before, finite = self.base.read(key, start, stop, buffer.dtype, buffer.device)
+        if finite:
+            return torch.sub(after, before, out=buffer)
+        same = (before == after) | (before.isnan() & after.isnan())
+        return torch.where(same, 0.0, after - before)
+
+
+def sources_of(vectors: Iterable[Tensors], argument: str) -> list[Source]:
+    """A source for each vector, with the same names, shapes and kinds of entries; an error unless there is one."""
+    if isinstance(vectors, Mapping | str | bytes | Tensor | nn.Module) or not isinstance(vectors, Iterable):
+        raise TypeError(
+            f"{argument}: expected a sequence of mappings of name -> tensor, got a single {type(vectors).__name__}"
+        )
+    sources = [source_of(vector, f"{argument}[{index}]") for index, vector in enumerate(vectors)]
+    if not sources:
+        raise InputError(f"{argument}: expected at least one mapping of name -> tensor, got an empty sequence")
+    for source in sources[1:]:
+        check_same(source, sources[0])
+    return sources
+
+
+def source_of(vector: object, label: str) -> Source:
+    """`vector` itself if it is a source, else the tensors of a mapping."""
+    if isinstance(vector, Source):
+        return vector
+    if not isinstance(vector, Mapping):
+        raise TypeError(f"{label}: expected a mapping of name -> tensor, got {type(vector).__name__}")
+    tensors = dict(vector.items())  # read once: it may make its tensors on access
+    for key, tensor in tensors.items():
+        if not isinstance(key, str):
+            raise TypeError(f"{label}: expected names as keys, got {key!r} of type {type(key).__name__}")
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{label}[{key!r}]: expected a tensor, got {type(tensor).__name__}")
+    return Stored(tensors, label)
+
+
+def check_same(source: Source, reference: Source) -> None:
+    """Raise unless both have the same names, shapes and kinds of entries."""
+    have, want = set(source.specs), set(reference.specs)
+    problems = []
+    if want - have:
+        problems.append(f"lacks {quoted(want - have)}")
+    if have - want:
+        problems.append(f"has the unexpected {quoted(have - want)}")
+    if problems:
+        raise StateMismatchError(
+            f"{source.label} {' and '.join(problems)}; its keys must be those of {reference.label}"
+        )
+    for key, spec in source.specs.items():
+        other = reference.specs[key]
+        if spec.shape != other.shape:
+            raise StateMismatchError(
+                f"{source.label}[{key!r}] has shape {spec.shape}; {reference.label} has {other.shape}"
+            )
+        if bendable(key, spec) != bendable(key, other):
+            raise StateMismatchError(f"{source.label}[{key!r}] is {spec.dtype}; {reference.label} has {other.dtype}")
+
+
+def bendable(key: str, spec: Spec) -> bool:
+    """Whether an entry is a parameter that fusion may change: floating, and no running statistic."""
+    return is_bendable(key, torch.empty(0, dtype=spec.dtype))
