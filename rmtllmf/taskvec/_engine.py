@@ -51,6 +51,7 @@ class Fusion:
         keys: the names that are fused, one for each memory, in the order given.
         specs: what the update is, for each of `keys`.
         weights: name -> a weight for each vector.
+        differentiable: whether the caller expects gradients to flow to the vectors.
     """
 
     def __init__(self, vectors: Iterable[Tensors], options: FusionOptions, *, argument: str = "vectors") -> None:
@@ -70,6 +71,7 @@ class Fusion:
         self.compute = {key: compute or self._calculated_in(key) for key in self.keys}
         dtype = options.get("dtype")
         self.specs = {key: self._result(key, dtype) for key in self.keys}
+        self.differentiable = torch.is_grad_enabled() and any(source.wants_gradient for source in self.sources)
         self.progress = bool(options.get("progress", False))
         out: Any = options.get("out")
         self.sink: Sink = out if hasattr(out, "open") else Memory(out)
@@ -86,13 +88,13 @@ class Fusion:
     ) -> TaskVector:
         """The update of a rule for matrices: a new one from N weighted ones, and `otherwise` for all other tensors."""
         matrices = [key for key in self.keys if len(self.specs[key].shape) == 2 and self.specs[key].size]
-        matrices.sort(key=lambda key: (-self.specs[key].size, key))  # the longest first: no thread waits long at the end
+        matrices.sort(key=lambda key: (-self.specs[key].size, key))  # the longest first, so that no thread waits
         return self._run(matrices, combine, otherwise, True)
 
     def survey(
         self, look: Callable[[Piece], Found], *, keys: Iterable[str] | None = None, weighted: bool = True
     ) -> list[Found]:
-        """What `look` finds in every piece, in the order of the sorted names: for sums that do not depend on threads."""
+        """What `look` finds in every piece, in the order of sorted names: sums of it do not depend on threads."""
         pieces = list(self._pieces(sorted(self.keys if keys is None else keys)))
         found: list[Any] = [None] * len(pieces)
 
@@ -126,6 +128,11 @@ class Fusion:
         by_entry: Callable[[Piece], None],
         weighted: bool,
     ) -> TaskVector:
+        if self.differentiable:
+            raise InputError(
+                "vectors: gradients flow through linear rules only (task_arithmetic, weighted_average); detach the "
+                "vectors, or call the rule under torch.no_grad()"
+            )
         self.sink.open(self.specs, self.alias, list(self.sources))
         chosen = set(matrices)
         items: list[tuple[str, int, int]] = [(key, 0, -1) for key in matrices]
@@ -151,7 +158,7 @@ class Fusion:
         share_out(worker, self._shown(items), alone=self._alone)
         result = self.sink.done()
         if not isinstance(self.sink, Memory):
-            return result  # type: ignore[no-any-return]  # for `fuse` and `fuse_files`, which own the sink
+            return result  # for `fuse` and `fuse_files`, which own the sink
         names = {key: None for key in self.sources[0].specs if key in result}
         return TaskVector._of({key: result[key] for key in names})
 
@@ -160,7 +167,7 @@ class Fusion:
         parts = [part if w == 1 else part * w for part, w in zip(parts, self.weights(key), strict=True)]
         try:
             return combine(key, parts).reshape(-1)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             if all(all_finite(part) for part in parts):
                 raise
             raise self.blame(key) from None
@@ -215,8 +222,10 @@ class Fusion:
 
     def _result(self, key: str, dtype: torch.dtype | None) -> Spec:
         dtypes = {source.specs[key].dtype for source in self.sources}
-        return self.sources[0].specs[key]._replace(
-            dtype=dtype or (dtypes.pop() if len(dtypes) == 1 else self._calculated_in(key))
+        return (
+            self.sources[0]
+            .specs[key]
+            ._replace(dtype=dtype or (dtypes.pop() if len(dtypes) == 1 else self._calculated_in(key)))
         )
 
 

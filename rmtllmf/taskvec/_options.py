@@ -22,7 +22,7 @@ class FusionOptions(TypedDict, total=False):
         weights: a number for each vector; or, for weights per layer, a mapping of name or glob pattern -> a number or N
             of them, of which the first that matches a name counts (1 where none does; a pattern that matches nothing is
             an error). A vector of weight w is fused as :math:`w \tau`, unless the rule says otherwise.
-        skip: names or glob patterns that are left alone: the update does not name them, so that they stay as in the base.
+        skip: names or glob patterns that are left alone: the update does not name them, so they stay as in the base.
         dtype: of the result; by default that of the vectors, the wider one where they differ.
         compute_dtype: torch.float32 or torch.float64, in which is calculated; by default float32, and float64 for
             entries that are.
@@ -66,7 +66,7 @@ def checked_options(options: Mapping[str, Any]) -> FusionOptions:
 
 
 def weights_of(weights: Weights | None, count: int, keys: Sequence[str]) -> Callable[[str], list[float]]:
-    """name -> a weight for each of `count` vectors."""
+    """Name -> a weight for each of `count` vectors."""
     if weights is None:
         plain = [1.0] * count
         return lambda key: plain
@@ -91,7 +91,7 @@ def weights_of(weights: Weights | None, count: int, keys: Sequence[str]) -> Call
 def _numbers(value: Any, count: int, argument: str) -> list[float]:
     if isinstance(value, Tensor) and value.requires_grad:
         raise InputError(f"{argument}: gradients do not flow through the weights; pass weights.detach()")
-    if isinstance(value, str | bytes) or not (isinstance(value, Iterable) and getattr(value, "ndim", 1)):
+    if isinstance(value, str | bytes) or not (isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0):
         if argument == "weights":
             raise TypeError(f"weights: expected {count} numbers or a mapping, got {type(value).__name__}")
         return [finite_number(value, argument)] * count

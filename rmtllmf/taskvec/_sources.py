@@ -41,6 +41,7 @@ class Source(Mapping[str, Tensor]):
 
     label: str
     specs: Mapping[str, Spec]
+    wants_gradient: bool = False
 
     @abstractmethod
     def read(self, key: str, start: int, stop: int, buffer: Tensor) -> Tensor:
@@ -80,7 +81,8 @@ class Stored(Source):
     """A mapping of tensors in memory; nothing is copied that is contiguous and of the right dtype."""
 
     def __init__(self, tensors: Tensors, label: str) -> None:
-        self.label = label
+        self.label, self.given = label, tensors
+        self.wants_gradient = any(tensor.requires_grad for tensor in tensors.values())
         self.tensors = {key: tensor.detach() for key, tensor in tensors.items()}
         self.specs = {key: Spec(tuple(t.shape), t.dtype, t.device) for key, t in self.tensors.items()}
         self._flat = {key: t.view(-1) for key, t in self.tensors.items() if t.is_contiguous()}

@@ -15,7 +15,9 @@ from .vector import TaskVector
 __all__ = ["heuristic_scale", "task_arithmetic"]
 
 
-def task_arithmetic(vectors: Iterable[Tensors], scale: float | None = None, **options: Unpack[FusionOptions]) -> TaskVector:
+def task_arithmetic(
+    vectors: Iterable[Tensors], scale: float | None = None, **options: Unpack[FusionOptions]
+) -> TaskVector:
     r"""The fused update of task arithmetic.
 
     .. math:: \tau = \lambda_N \sum_{q=1}^{N} \tau_q

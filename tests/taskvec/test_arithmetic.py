@@ -73,3 +73,11 @@ def test_the_culprit_is_named():
 
 def test_heuristic_scale():
     assert [heuristic_scale(n) for n in (1, 2, 8, 100)] == [1.0, 0.3, 0.3, 0.3]
+
+
+def test_gradients_flow_through_linear_rules():
+    a, b = (torch.tensor([1.0, 2.0], requires_grad=True) for _ in range(2))
+    fused = task_arithmetic([{"w": a}, {"w": b}], 0.5, weights=[1.0, 3.0])
+    (fused["w"] * torch.tensor([1.0, 10.0])).sum().backward()
+    assert a.grad.tolist() == [0.5, 5.0]
+    assert b.grad.tolist() == [1.5, 15.0]
