@@ -66,6 +66,8 @@ class Fusion:
         if not names:
             raise InputError("skip: leaves nothing to fuse")
         self.weights = weights_of(options.get("weights"), self.count, names)
+        out: Any = options.get("out")
+        self.sink: Sink = out if isinstance(out, Sink) else Memory(out)
         self.keys, self.alias = self._ties(names)
         compute = options.get("compute_dtype")
         self.compute = {key: compute or self._calculated_in(key) for key in self.keys}
@@ -73,8 +75,6 @@ class Fusion:
         self.specs = {key: self._result(key, dtype) for key in self.keys}
         self.differentiable = torch.is_grad_enabled() and any(source.wants_gradient for source in self.sources)
         self.progress = bool(options.get("progress", False))
-        out: Any = options.get("out")
-        self.sink: Sink = out if hasattr(out, "open") else Memory(out)
 
     def by_entry(self, combine: Callable[[Piece], None], *, weighted: bool = True) -> TaskVector:
         """The update of a rule that works entry by entry: `combine` fills ``piece.into``.
@@ -107,7 +107,7 @@ class Fusion:
 
             return work
 
-        share_out(worker, enumerate(pieces), alone=self._alone)
+        share_out(worker, enumerate(self._shown(pieces, "surveying")), alone=self._alone)
         return found
 
     def blame(self, key: str) -> NonFiniteError:
@@ -134,9 +134,9 @@ class Fusion:
                 "vectors, or call the rule under torch.no_grad()"
             )
         self.sink.open(self.specs, self.alias, list(self.sources))
-        chosen = set(matrices)
-        items: list[tuple[str, int, int]] = [(key, 0, -1) for key in matrices]
-        items += self._pieces(key for key in self.keys if key not in chosen)
+        finished, chosen = self.sink.finished, set(matrices)
+        items: list[tuple[str, int, int]] = [(key, 0, -1) for key in matrices if key not in finished]
+        items += self._pieces(key for key in self.keys if key not in chosen and key not in finished)
 
         def worker() -> Callable[[tuple[str, int, int]], None]:
             space = _Space(self)
@@ -155,7 +155,7 @@ class Fusion:
 
             return work
 
-        share_out(worker, self._shown(items), alone=self._alone)
+        share_out(worker, self._shown(items, "fusing"), alone=self._alone)
         result = self.sink.done()
         if not isinstance(self.sink, Memory):
             return result  # for `fuse` and `fuse_files`, which own the sink
@@ -198,19 +198,26 @@ class Fusion:
         small = sum(spec.size for spec in self.specs.values()) <= PIECE  # not worth a thread
         return small or any(spec.device.type != "cpu" for spec in self.specs.values())
 
-    def _shown(self, items: list[tuple[str, int, int]]) -> Iterable[tuple[str, int, int]]:
+    def _shown(self, items: list[tuple[str, int, int]], what: str) -> Iterable[tuple[str, int, int]]:
         if not self.progress:
             return items
+        return self._with_bar(items, what)
+
+    def _with_bar(self, items: list[tuple[str, int, int]], what: str) -> Iterator[tuple[str, int, int]]:
         from tqdm.auto import tqdm
 
-        return tqdm(items, desc="fusing", unit="piece")
+        sizes = [self.specs[key].size if stop < 0 else stop - start for key, start, stop in items]
+        with tqdm(total=sum(sizes), desc=what, unit=" entries", unit_scale=True) as bar:
+            for item, size in zip(items, sizes, strict=True):
+                yield item
+                bar.update(size)
 
     def _ties(self, names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         """Names to fuse, and those tied to one of them in every vector (and weighted alike)."""
         known: dict[Hashable, str] = {}
         alias: dict[str, str] = {}
         for key in sorted(names):
-            memory = (*(source.identity(key) for source in self.sources), *self.weights(key))
+            memory = (*(source.identity(key) for source in self.sources), self.sink.identity(key), *self.weights(key))
             original = known.setdefault(memory, key)
             if original != key:
                 alias[key] = original

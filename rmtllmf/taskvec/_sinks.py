@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, MutableMapping
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Container, Hashable, Mapping, MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._state import all_finite, check_keys, identity
 from ..errors import InputError, NonFiniteError, StateMismatchError
-from ._sources import Source, Spec, Stored
+from ._sources import Base, Source, Spec, Stored
 
 
-class Sink(Protocol):
+class Sink(ABC):
     """Told once what comes, then given it piece by piece, by several threads, in any order."""
 
+    @abstractmethod
     def open(self, specs: Mapping[str, Spec], alias: Mapping[str, str], sources: list[Source]) -> None:
         """`specs` of what is written, with the dtype that the update should have; `alias`: names tied to these."""
 
+    @property
+    def finished(self) -> Container[str]:
+        """Names that need not be calculated: an earlier run has written them."""
+        return frozenset()
+
+    def identity(self, key: str) -> Hashable:
+        """Equal for two names that must be tied for their updates to make one result."""
+        return None
+
     def target(self, key: str, start: int, stop: int) -> Tensor | None:
         """Memory in which the update may be calculated, and which is its place: or None."""
+        return None
 
+    @abstractmethod
     def write(self, key: str, start: int, update: Tensor) -> None:
         """Entries from `start` on, in the dtype of the calculation, known to be finite."""
 
+    @abstractmethod
     def done(self) -> Any:
         """The result, after the last piece."""
 
 
-class Memory:
+class Memory(Sink):
     """Tensors of the update: fresh ones, or the caller's."""
 
     def __init__(self, out: MutableMapping[str, Tensor] | None = None) -> None:
@@ -57,7 +71,7 @@ class Memory:
             place = update.to(tensor.dtype)
         elif place.data_ptr() != update.data_ptr():
             place.copy_(update)
-        if place.dtype != update.dtype and not all_finite(place):
+        if place.dtype != update.dtype and overflows(update, place):
             raise NonFiniteError(f"the fused {key!r} overflows {place.dtype}")
 
     def done(self) -> dict[str, Tensor]:
@@ -70,26 +84,42 @@ class Memory:
         return result
 
 
-class Applied:
-    """The base model plus the update, in the base's dtype unless another is asked for."""
+class Applied(Sink):
+    """The base model plus the update, in the base's dtype unless another is asked for, written to another sink."""
 
-    def __init__(self, base: Source, inner: Memory, dtype: torch.dtype | None) -> None:
+    def __init__(self, base: Base, inner: Sink, dtype: torch.dtype | None = None) -> None:
         self.base, self.inner, self.dtype = base, inner, dtype
 
     def open(self, specs: Mapping[str, Spec], alias: Mapping[str, str], sources: list[Source]) -> None:
         """The fused entries only: what the update does not name is the caller's to carry over."""
-        models = {key: spec._replace(dtype=self.dtype or self.base.specs[key].dtype) for key, spec in specs.items()}
-        self.inner.open(models, alias, [*sources, self.base])
+        origin = self.base.source.specs
+        models = {key: spec._replace(dtype=self.dtype or origin[key].dtype) for key, spec in specs.items()}
+        self.inner.open(models, alias, [*sources, self.base.source])
+
+    @property
+    def finished(self) -> Container[str]:
+        return self.inner.finished
+
+    def identity(self, key: str) -> Hashable:
+        return self.base.source.identity(key)
 
     def target(self, key: str, start: int, stop: int) -> Tensor | None:
         return self.inner.target(key, start, stop)
 
     def write(self, key: str, start: int, update: Tensor) -> None:
-        before = self.base.read(key, start, start + len(update), torch.empty_like(update))
-        self.inner.write(key, start, update.add_(before))
+        before, finite = self.base.read(key, start, start + len(update), update.dtype, update.device)
+        model = update.add_(before)
+        if finite and not all_finite(model):
+            raise NonFiniteError(f"base[{key!r}] plus the fused update overflows {update.dtype}")
+        self.inner.write(key, start, model)
 
-    def done(self) -> dict[str, Tensor]:
+    def done(self) -> Any:
         return self.inner.done()
+
+
+def overflows(wide: Tensor, narrow: Tensor) -> bool:
+    """Whether something finite became infinite in the narrower dtype; what was infinite before may stay so."""
+    return not all_finite(narrow) and bool((torch.isfinite(wide) & ~torch.isfinite(narrow)).any())
 
 
 def check_out(

@@ -1,0 +1,221 @@
+"""A safetensors checkpoint written piece by piece, atomically, so that a run that was killed can go on.
+
+Everything goes to a file (folder) with the ending ``.part`` beside the target, which takes its name at the end. A
+journal beside it says what it is a part of, and which tensors are complete; it counts only for the same request, on
+the same boot of the same machine: what a killed process has written is in the system's cache, and survives it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import threading
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, NonFiniteError
+from ._checkpoint import NAMES, Checkpoint
+from ._sinks import Sink, overflows
+from ._sources import Source, Spec
+
+_COPY = 1 << 22  # bytes copied at once
+
+
+class Files(Sink):
+    """Writes a model of the names and shapes of `base`: what is fused, piece by piece, and the rest as it is there.
+
+    The fused entries take the dtype that they are opened with.
+    """
+
+    def __init__(self, base: Checkpoint, out: str | os.PathLike[str], request: dict[str, Any]) -> None:
+        self.base = base
+        self.out = Path(os.fspath(out))
+        self.single = self.out.name.endswith(".safetensors")
+        if not self.single and (self.out.suffix or self.out.is_file()):
+            raise InputError(f"out: expected a path that ends in .safetensors, or a folder, got {str(self.out)!r}")
+        if not self.single and self.out.exists():
+            raise FileExistsError(f"out: the folder {str(self.out)!r} exists; a folder cannot be replaced atomically")
+        if not self.out.parent.is_dir():
+            raise FileNotFoundError(f"out: there is no folder {str(self.out.parent)!r}")
+        if self.single and self.out.exists() and any(self.out.samefile(file) for file in base.files):
+            raise InputError("out: is the base itself, which must not be written to")
+        self.part = self.out.with_name(f".{self.out.name}.part")
+        self.journal = self.out.with_name(f".{self.out.name}.part.journal")
+        self.request = request | {"boot": _boot()}
+        self._finished: set[str] = set()
+        self._left: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self.descriptors: list[int] = []
+        self._log: Any = None
+
+    @property
+    def finished(self) -> Container[str]:
+        return self._finished
+
+    def open(self, specs: Mapping[str, Spec], alias: Mapping[str, str], sources: list[Source]) -> None:
+        self.specs = {key: specs.get(key, spec) for key, spec in self.base.specs.items()}
+        self.fused = set(specs)
+        self._log = _locked(self.journal)
+        layout = self._layout()
+        request = json.dumps(self.request | {"specs": {k: [NAMES[s.dtype], s.shape] for k, s in self.specs.items()}})
+        self._log.seek(0)
+        lines = self._log.read().split("\n")
+        going_on = lines[0] == request and self.request["boot"] is not None and self._parts_are_there(layout)
+        if going_on:
+            self._log.truncate(sum(len(line.encode()) + 1 for line in lines[:-1]))
+            self._finished = {json.loads(line) for line in lines[1:-1]} & self.fused  # the last may be cut short
+        else:
+            self._begin(request, layout)
+        paths = [self._path(name) for name, _, _ in layout]
+        self.descriptors = [os.open(path, os.O_RDWR) for path in paths]
+        self._left = {key: self.specs[key].size for key in self.fused}
+        for key in self.fused:
+            if not self._left[key]:
+                self._complete(key)
+
+    def _layout(self) -> list[tuple[str, bytes, int]]:
+        """(name, header, size) of every file; notes where every tensor goes."""
+        self.places: dict[str, tuple[int, int]] = {}
+        groups = [sorted(self.base.specs)] if self.single else [[] for _ in self.base.files]
+        if not self.single:
+            for key in sorted(self.base.specs):
+                groups[self.base.places[key].file].append(key)
+        result = []
+        for number, keys in enumerate(groups):
+            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+            # the format wants wide entries first, so that all are aligned
+            keys.sort(key=lambda key: (-self.specs[key].dtype.itemsize, key))
+            at = 0
+            offsets = {}
+            for key in keys:
+                spec = self.specs[key]
+                stop = at + spec.size * spec.dtype.itemsize
+                header[key] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [at, stop]}
+                offsets[key], at = at, stop
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            text += b" " * (-len(text) % 8)
+            self.places |= {key: (number, 8 + len(text) + offset) for key, offset in offsets.items()}
+            name = self.out.name if self.single else self.base.files[number].name
+            result.append((name, struct.pack("<Q", len(text)) + text, 8 + len(text) + at))
+        return result
+
+    def _path(self, name: str) -> Path:
+        return self.part if self.single else self.part / name
+
+    def _parts_are_there(self, layout: list[tuple[str, bytes, int]]) -> bool:
+        paths = [(self._path(name), size) for name, _, size in layout]
+        return all(path.is_file() and path.stat().st_size == size for path, size in paths)
+
+    def _begin(self, request: str, layout: list[tuple[str, bytes, int]]) -> None:
+        _remove(self.part)
+        if not self.single:
+            self.part.mkdir()
+        for name, header, size in layout:
+            with open(self._path(name), "xb") as file:
+                file.write(header)
+                file.truncate(size)
+        self._log.seek(0)
+        self._log.truncate()
+        self._log.write(request + "\n")
+        self._log.flush()
+
+    def write(self, key: str, start: int, update: Tensor) -> None:
+        spec = self.specs[key]
+        values = update.detach().to("cpu")
+        if spec.dtype != values.dtype:
+            stage = getattr(self._local, "stage", None)
+            if stage is None or len(stage) < len(update) or stage.dtype != spec.dtype:
+                stage = self._local.stage = torch.empty(len(update), dtype=spec.dtype)
+            narrow = stage[: len(update)].copy_(values)
+            if overflows(values, narrow):
+                raise NonFiniteError(f"the fused {key!r} overflows {spec.dtype}")
+            values = narrow
+        file, offset = self.places[key]
+        self._write_bytes(file, offset + start * spec.dtype.itemsize, values.contiguous().view(torch.uint8))
+        with self._lock:
+            self._left[key] -= len(update)
+            if not self._left[key]:
+                self._complete(key)
+
+    def _complete(self, key: str) -> None:
+        if key not in self._finished:
+            self._log.write(json.dumps(key) + "\n")
+            self._log.flush()
+
+    def _write_bytes(self, file: int, offset: int, values: Tensor) -> None:
+        memory: Any = memoryview(values.numpy())  # type: ignore[arg-type]
+        while len(memory):
+            count = os.pwrite(self.descriptors[file], memory, offset)
+            memory, offset = memory[count:], offset + count
+
+    def done(self) -> dict[str, Any]:
+        """Carry over what was not fused, make sure that all of it is on disk, and give it its name."""
+        stage = torch.empty(_COPY, dtype=torch.uint8)
+        for key, spec in self.base.specs.items():
+            if key in self.fused:
+                continue
+            (source, begin, end), (file, offset) = self.base.places[key], self.places[key]
+            for at in range(0, spec.size * spec.dtype.itemsize, _COPY):
+                piece = stage[: min(_COPY, end - begin - at)]
+                self.base.read_bytes(source, begin + at, piece)
+                self._write_bytes(file, offset + at, piece)
+        for descriptor in self.descriptors:
+            os.fsync(descriptor)
+        if not self.single and len(self.base.files) > 1:
+            total = sum(spec.size * spec.dtype.itemsize for spec in self.specs.values())
+            shards = {key: self.base.files[file].name for key, (file, _) in sorted(self.places.items())}
+            content = {"metadata": {"total_size": total}, "weight_map": shards}
+            with open(self.part / "model.safetensors.index.json", "w", encoding="utf-8") as index:
+                json.dump(content, index, indent=2)
+                index.flush()
+                os.fsync(index.fileno())
+        os.replace(self.part, self.out)
+        os.unlink(self.journal)
+        return {}
+
+    def close(self, *, forget: bool) -> None:
+        """Let go of the files; with `forget` remove what was written."""
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+        if self._log is not None:
+            if forget:
+                _remove(self.part)
+                self.journal.unlink(missing_ok=True)
+            self._log.close()
+
+
+def _boot() -> str | None:
+    """Differs from boot to boot; None where that cannot be told."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+
+
+def _locked(path: Path) -> Any:
+    """The journal, open and ours alone."""
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # not on this system: two runs into one target are the caller's to avoid
+        pass
+    except OSError:
+        file.close()
+        raise InputError(f"out: another process is writing {str(path.name)!r}") from None
+    return file
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,293 @@
+"""Checkpoints on disk: the same bits as in memory, one file or shards, atomically, and on after being killed."""
+
+import json
+import multiprocessing
+import os
+import signal
+import struct
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import rmtllmf.taskvec._engine as engine
+from helpers.fusion_rules import ROWS
+from rmtllmf.errors import InputError, NonFiniteError, StateMismatchError
+from rmtllmf.taskvec import fuse, fuse_files, task_arithmetic
+from rmtllmf.taskvec._checkpoint import Checkpoint
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(engine, "PIECE", 8)
+
+
+def model(seed, dtype=torch.float32):
+    source = torch.Generator().manual_seed(seed)
+    shapes = {"emb": (5, 4), "l0.w": (6, 4), "l0.b": (6,), "s": (), "none": (0, 2)}
+    state = {key: torch.randn(shape, generator=source).to(dtype) for key, shape in shapes.items()}
+    mask = torch.full((3, 3), float("-inf")).triu(1)
+    return state | {"mask": mask, "steps": torch.tensor(seed), "flags": torch.tensor([True, False, True])}
+
+
+def sharded(state, folder, names):
+    """As Hugging Face writes it: shards and an index."""
+    folder.mkdir()
+    weight_map = {key: names[i % len(names)] for i, key in enumerate(state)}
+    for name in names:
+        save_file({k: v for k, v in state.items() if weight_map[k] == name}, folder / name, {"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def loaded(path):
+    if path.is_dir():
+        return {k: v for file in sorted(path.glob("*.safetensors")) for k, v in load_file(file).items()}
+    return load_file(path)
+
+
+def same_bits(left, right):
+    assert set(left) == set(right)
+    for key in left:
+        assert left[key].dtype == right[key].dtype
+        assert torch.equal(left[key], right[key]), key
+
+
+def written(tmp_path, dtype=torch.float32, count=4):
+    states = [model(seed, dtype) for seed in range(count + 1)]
+    paths = [tmp_path / f"{index}.safetensors" for index in range(count + 1)]
+    for state, path in zip(states, paths, strict=True):
+        save_file(state, path)
+    return states, paths
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_same_bits_as_in_memory(row, dtype, tmp_path):
+    states, paths = written(tmp_path, dtype, max(4, row.fewest))
+    expected = fuse(states[0], states[1:], row.rule)
+    fuse_files(paths[0], paths[1:], tmp_path / "out.safetensors", row.rule)
+    same_bits(load_file(tmp_path / "out.safetensors"), expected)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*(p.name for p in paths), "out.safetensors"])
+
+
+def test_shards_in_and_out(tmp_path):
+    states = [model(seed) for seed in range(3)]
+    layouts = (["a.safetensors", "b.safetensors"], ["model.safetensors"], ["x.safetensors", "y.safetensors"])
+    folders = [sharded(states[i], tmp_path / f"m{i}", layouts[i]) for i in range(3)]
+    expected = fuse(states[0], states[1:], skip="emb")
+    fuse_files(folders[0], folders[1:], tmp_path / "out", skip="emb")
+    same_bits(loaded(tmp_path / "out"), expected)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == json.loads((folders[0] / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in expected.values())
+    # an index can be named itself, and a single file comes of shards on request
+    fuse_files(folders[0] / "model.safetensors.index.json", folders[1:], tmp_path / "one.safetensors", skip="emb")
+    same_bits(load_file(tmp_path / "one.safetensors"), expected)
+    with pytest.raises(FileExistsError, match="out: the folder"):
+        fuse_files(folders[0], folders[1:], tmp_path / "out")
+    with safe_open(tmp_path / "one.safetensors", "pt") as file:  # the reference implementation agrees with the format
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_dtype_progress_and_a_rule_of_ones_own(tmp_path, capsys):
+    states, paths = written(tmp_path, torch.bfloat16)
+    fuse_files(paths[0], paths[1:], tmp_path / "o.safetensors", scale=0.4, dtype=torch.float32, progress=True)
+    same_bits(load_file(tmp_path / "o.safetensors"), fuse(states[0], states[1:], scale=0.4, dtype=torch.float32))
+    assert "fusing" in capsys.readouterr().err
+    fuse_files(paths[0], paths[1:], tmp_path / "p.safetensors", lambda vectors: 0.4 * sum(vectors))
+    same_bits(load_file(tmp_path / "p.safetensors"), fuse(states[0], states[1:], scale=0.4))
+
+
+def _slowly(paths, out, delay):
+    """In a process of its own: every piece takes a while."""
+    engine.PIECE = 8
+    original = engine.Fusion._piece
+
+    def slow(self, *arguments):
+        time.sleep(delay)
+        return original(self, *arguments)
+
+    engine.Fusion._piece = slow
+    fuse_files(paths[0], paths[1:], out, scale=0.3)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_killed_run_goes_on(folder, tmp_path, monkeypatch):
+    states = [model(seed) for seed in range(3)]
+    (tmp_path / "in").mkdir()
+    paths = [
+        sharded(state, tmp_path / "in" / str(i), ["a.safetensors", "b.safetensors"]) for i, state in enumerate(states)
+    ]
+    out = tmp_path / ("out" if folder else "out.safetensors")
+    process = multiprocessing.get_context("spawn").Process(target=_slowly, args=(paths, out, 0.2))
+    process.start()
+    journal = tmp_path / f".{out.name}.part.journal"
+    deadline = time.monotonic() + 60
+    while not (journal.exists() and journal.read_text().count("\n") >= 4):
+        assert time.monotonic() < deadline
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not out.exists()
+    complete = {json.loads(line) for line in journal.read_text().split("\n")[1:-1]}
+    assert complete
+    with open(journal, "a") as file:
+        file.write('"l0.')  # a line that was cut short
+
+    seen = set()
+    original = engine.Fusion._piece
+    monkeypatch.setattr(
+        engine.Fusion, "_piece", lambda self, space, key, *rest: (seen.add(key), original(self, space, key, *rest))[1]
+    )
+    fuse_files(paths[0], paths[1:], out, scale=0.3)
+    assert seen
+    assert not seen & complete
+    same_bits(loaded(out), fuse(states[0], states[1:], scale=0.3))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_parts_of_another_request_are_not_gone_on_with(tmp_path, monkeypatch):
+    states, paths = written(tmp_path)
+    out = tmp_path / "out.safetensors"
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rmtllmf.taskvec._checkpoint_writer.Files.done", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fuse_files(paths[0], paths[1:], out, scale=0.3)
+    assert (tmp_path / ".out.safetensors.part").exists()
+    fuse_files(paths[0], paths[1:], out, scale=0.7)
+    same_bits(load_file(out), fuse(states[0], states[1:], scale=0.7))
+    # the same for an input that has changed since
+    with monkeypatch.context() as patch:
+        patch.setattr("rmtllmf.taskvec._checkpoint_writer.Files.done", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fuse_files(paths[0], paths[1:], out, scale=0.3)
+    same_bits(load_file(out), fuse(states[0], states[1:], scale=0.7))  # what was there is still there
+    states[1] = model(77)
+    save_file(states[1], paths[1])
+    fuse_files(paths[0], paths[1:], out, scale=0.3)
+    same_bits(load_file(out), fuse(states[0], states[1:], scale=0.3))
+
+
+def test_a_run_that_failed_leaves_nothing(tmp_path):
+    states, paths = written(tmp_path)
+    states[2]["emb"][4, 3] = float("nan")
+    save_file(states[2], paths[2])
+    with pytest.raises(NonFiniteError, match=r"finetuned\[1\]\['emb'\] holds 1 non-finite"):
+        fuse_files(paths[0], paths[1:], tmp_path / "out.safetensors")
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+def test_two_processes_do_not_write_one_target(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    _, paths = written(tmp_path)
+    with open(tmp_path / ".out.safetensors.part.journal", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another process"):
+            fuse_files(paths[0], paths[1:], tmp_path / "out.safetensors")
+
+
+def test_mismatches(tmp_path):
+    states, paths = written(tmp_path)
+    del states[1]["s"]
+    save_file(states[1], paths[1])
+    with pytest.raises(StateMismatchError, match=r"finetuned\[0\] lacks 's'"):
+        fuse_files(paths[0], paths[1:], tmp_path / "out.safetensors")
+    save_file(model(1, torch.float16), paths[1])
+    with pytest.raises(StateMismatchError, match=r"finetuned\[0\].*float16.*cast in silence"):
+        fuse_files(paths[0], paths[1:], tmp_path / "out.safetensors")
+    with pytest.raises(InputError, match="out: is the base itself"):
+        fuse_files(paths[0], paths[2:], paths[0])
+    with pytest.raises(InputError, match=r"out: expected a path that ends in \.safetensors"):
+        fuse_files(paths[0], paths[2:], tmp_path / "out.bin")
+    with pytest.raises(FileNotFoundError, match=r"finetuned\[0\]"):
+        fuse_files(paths[0], [tmp_path / "gone.safetensors"], tmp_path / "out.safetensors")
+    (tmp_path / "m.bin").write_bytes(b"x")
+    with pytest.raises(InputError, match="could hold code"):
+        fuse_files(paths[0], [tmp_path / "m.bin"], tmp_path / "out.safetensors")
+    with pytest.raises(TypeError, match="finetuned: expected a sequence"):
+        fuse_files(paths[0], paths[1], tmp_path / "out.safetensors", task_arithmetic)
+
+
+def raw(header, data=b"\0" * 16):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+GOOD = {"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"abc", "3 bytes long"),
+        (struct.pack("<Q", 1 << 60) + b"{}", "header would be"),
+        (raw(b"{", b""), "cannot be read"),
+        (raw(b"\xff\xfe{}", b""), "cannot be read"),
+        (raw(b"[" * 10_000, b""), "cannot be read"),
+        (raw(b"[]", b""), "no mapping"),
+        (raw({"w": 3}), "makes no sense"),
+        (raw({"w": GOOD["w"] | {"shape": [-4]}}), "shape"),
+        (raw({"w": GOOD["w"] | {"shape": [True] * 4}}), "shape"),
+        (raw({"w": GOOD["w"] | {"shape": [5]}}), "cannot take 16 bytes"),
+        (raw({"w": GOOD["w"] | {"dtype": "F33"}}), "F33"),
+        (raw({"w": GOOD["w"] | {"data_offsets": [0, 32]}}), "offsets"),
+        (raw({"w": GOOD["w"] | {"data_offsets": [0.0, 16]}}), "offsets"),
+        (raw(GOOD | {"v": GOOD["w"]}), "overlap"),
+        (raw(GOOD, b"\0" * 20), "4 bytes at its end"),
+        (raw(b'{"w":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"w":{}}'), "twice"),
+        (raw({"__metadata__": [], **GOOD}), "metadata is no mapping"),
+    ],
+)
+def test_hostile_headers(content, message, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        Checkpoint(path, "base")
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.binary(max_size=200), st.integers(0, 300))
+def test_damaged_files_are_refused_or_read(tmp_path_factory, noise, at):
+    folder = tmp_path_factory.mktemp("damaged")
+    path = folder / "x.safetensors"
+    save_file({"w": torch.ones(4), "v": torch.ones(2, 2)}, path)
+    content = bytearray(path.read_bytes())
+    content[at : at + len(noise)] = noise
+    path.write_bytes(content)
+    try:
+        checkpoint = Checkpoint(path, "base")
+    except InputError:
+        return
+    for key, spec in checkpoint.specs.items():
+        assert checkpoint[key].shape == spec.shape
+    checkpoint.close()
+
+
+@pytest.mark.parametrize("shard", ["../0.safetensors", "/etc/passwd", "sub/a.safetensors", "a.bin", 3])
+def test_an_index_does_not_lead_elsewhere(shard, tmp_path):
+    _, _ = written(tmp_path)
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
+    with pytest.raises(InputError, match="plain name of a file beside it"):
+        Checkpoint(tmp_path / "f", "base")
+
+
+def test_an_index_that_lies(tmp_path):
+    folder = sharded(model(0), tmp_path / "f", ["a.safetensors", "b.safetensors"])
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["s"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="the index says that 's' is in None"):
+        Checkpoint(folder, "base")
