@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._sharded import full, is_sharded, largest_of_all, local
 from .errors import InputError, NonFiniteError, ShapeError, StateMismatchError
 
 Tensors: TypeAlias = Mapping[str, Tensor]
@@ -114,10 +115,24 @@ def all_finite(tensor: Tensor) -> bool:
 
 def extrema(tensor: Tensor) -> tuple[float, float]:
     """The smallest and largest entry, (0, 0) if there is none; one pass, no mask, and NaN if there is a NaN."""
+    if is_sharded(tensor):
+        return _extrema_of_all(tensor)
     if tensor.numel() == 0:
         return 0.0, 0.0
     low, high = torch.aminmax(wide(tensor.detach()) if tensor.element_size() == 1 else tensor.detach())
     return float(low), float(high)
+
+
+def _extrema_of_all(tensor: Tensor) -> tuple[float, float]:
+    """The same for a DTensor: what all processes find together."""
+    part = local(tensor)
+    low, high = extrema(part) if part.numel() else (math.inf, -math.inf)
+    nan = math.isnan(low) or math.isnan(high)
+    found = [0.0, -math.inf, -math.inf] if nan else [-1.0, -low, high]
+    nan_found, low, high = largest_of_all(found, tensor)
+    if not tensor.numel():
+        return 0.0, 0.0
+    return (math.nan, math.nan) if nan_found >= 0 else (-low, high)
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -247,6 +262,7 @@ _ROWS = 64  # rows converted to float64 at once
 def inner_product(left: Tensor, right: Tensor) -> float:
     """Sum of products in float64, over fixed rows, each summed by one thread: the same bits for any number of them."""
     same = left is right
+    left, right = full(left), full(right)
     left, right = left.detach().reshape(-1), right.detach().reshape(-1)
     whole = left.numel() // _ROW
     parts: list[float] = []

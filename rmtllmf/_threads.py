@@ -1,7 +1,7 @@
 """Work shared out between threads: torch and its linear algebra release the interpreter lock while they calculate.
 
-As many threads as torch would use itself (``torch.set_num_threads``, ``OMP_NUM_THREADS``), and inside each of them torch
-calculates on one: what is added up is added up in the same order for any number of threads, so the bits are the same.
+As many threads as torch would use itself (``torch.set_num_threads``, ``OMP_NUM_THREADS``), and inside each of them
+torch calculates on one: sums are taken in the same order for any number of threads, so the bits are the same.
 """
 
 from __future__ import annotations

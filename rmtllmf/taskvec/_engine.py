@@ -17,6 +17,7 @@ from torch import Tensor
 from .._state import Tensors, all_finite, select_names
 from .._threads import share_out
 from ..errors import InputError, NonFiniteError
+from ._distributed import run_spread, templates_of
 from ._options import FusionOptions, checked_options, weights_of
 from ._sinks import Memory, Sink
 from ._sources import Source, Spec, bendable, sources_of
@@ -51,6 +52,8 @@ class Fusion:
         keys: the names that are fused, one for each memory, in the order given.
         specs: what the update is, for each of `keys`.
         weights: name -> a weight for each vector.
+        templates: name -> a DTensor like the vectors', where these are spread over several processes.
+        together: all processes do the same in the same order.
         differentiable: whether the caller expects gradients to flow to the vectors.
     """
 
@@ -72,16 +75,21 @@ class Fusion:
         compute = options.get("compute_dtype")
         self.compute = {key: compute or self._calculated_in(key) for key in self.keys}
         dtype = options.get("dtype")
-        self.specs = {key: self._result(key, dtype) for key in self.keys}
+        self.specs = {key: self._spec(key, dtype) for key in self.keys}
         self.differentiable = torch.is_grad_enabled() and any(source.wants_gradient for source in self.sources)
+        self.templates = templates_of(list(self.sources))
+        self.together = False
         self.progress = bool(options.get("progress", False))
 
-    def by_entry(self, combine: Callable[[Piece], None], *, weighted: bool = True) -> TaskVector:
+    def by_entry(
+        self, combine: Callable[[Piece], None], *, weighted: bool = True, positional: bool = False
+    ) -> TaskVector:
         """The update of a rule that works entry by entry: `combine` fills ``piece.into``.
 
-        With `weighted` the parts come multiplied by their weights.
+        With `weighted` the parts come multiplied by their weights. `positional`: what becomes of an entry depends on
+        where in its tensor it is, so that ``piece.start`` must count from the start of the whole tensor.
         """
-        return self._run([], None, combine, weighted)
+        return self._run([], None, combine, weighted, by_part=not positional)
 
     def by_matrix(
         self, combine: Callable[[str, list[Tensor]], Tensor], otherwise: Callable[[Piece], None]
@@ -89,7 +97,7 @@ class Fusion:
         """The update of a rule for matrices: a new one from N weighted ones, and `otherwise` for all other tensors."""
         matrices = [key for key in self.keys if len(self.specs[key].shape) == 2 and self.specs[key].size]
         matrices.sort(key=lambda key: (-self.specs[key].size, key))  # the longest first, so that no thread waits
-        return self._run(matrices, combine, otherwise, True)
+        return self._run(matrices, combine, otherwise, True, by_part=not matrices)
 
     def survey(
         self, look: Callable[[Piece], Found], *, keys: Iterable[str] | None = None, weighted: bool = True
@@ -127,12 +135,17 @@ class Fusion:
         combine: Callable[[str, list[Tensor]], Tensor] | None,
         by_entry: Callable[[Piece], None],
         weighted: bool,
+        *,
+        by_part: bool = True,
     ) -> TaskVector:
         if self.differentiable:
             raise InputError(
                 "vectors: gradients flow through linear rules only (task_arithmetic, weighted_average); detach the "
                 "vectors, or call the rule under torch.no_grad()"
             )
+        if self.templates:
+            spread = run_spread(self, lambda f: f._run(matrices, combine, by_entry, weighted), by_part=by_part)
+            return self._result(spread)
         self.sink.open(self.specs, self.alias, list(self.sources))
         finished, chosen = self.sink.finished, set(matrices)
         items: list[tuple[str, int, int]] = [(key, 0, -1) for key in matrices if key not in finished]
@@ -156,11 +169,12 @@ class Fusion:
             return work
 
         share_out(worker, self._shown(items, "fusing"), alone=self._alone)
-        result = self.sink.done()
+        return self._result(self.sink.done())
+
+    def _result(self, fused: Any) -> TaskVector:
         if not isinstance(self.sink, Memory):
-            return result  # for `fuse` and `fuse_files`, which own the sink
-        names = {key: None for key in self.sources[0].specs if key in result}
-        return TaskVector._of({key: result[key] for key in names})
+            return fused  # for `fuse` and `fuse_files`, which own the sink
+        return TaskVector._of({key: fused[key] for key in self.sources[0].specs if key in fused})
 
     def _matrix(self, key: str, combine: Callable[[str, list[Tensor]], Tensor]) -> Tensor:
         parts = [source.whole(key, self.compute[key], self.specs[key].device) for source in self.sources]
@@ -196,7 +210,12 @@ class Fusion:
     @property
     def _alone(self) -> bool:
         small = sum(spec.size for spec in self.specs.values()) <= PIECE  # not worth a thread
-        return small or any(spec.device.type != "cpu" for spec in self.specs.values())
+        return (
+            small
+            or self.together
+            or bool(self.templates)
+            or any(spec.device.type != "cpu" for spec in self.specs.values())
+        )
 
     def _shown(self, items: list[tuple[str, int, int]], what: str) -> Iterable[tuple[str, int, int]]:
         if not self.progress:
@@ -227,7 +246,7 @@ class Fusion:
         double = any(source.specs[key].dtype == torch.float64 for source in self.sources)
         return torch.float64 if double else torch.float32
 
-    def _result(self, key: str, dtype: torch.dtype | None) -> Spec:
+    def _spec(self, key: str, dtype: torch.dtype | None) -> Spec:
         dtypes = {source.specs[key].dtype for source in self.sources}
         return (
             self.sources[0]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Hashable, Mapping, MutableMapping
+from collections.abc import Container, Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._sharded import local
 from .._state import all_finite, check_keys, identity
 from ..errors import InputError, NonFiniteError, StateMismatchError
 from ._sources import Base, Source, Spec, Stored
@@ -42,21 +43,31 @@ class Sink(ABC):
     def done(self) -> Any:
         """The result, after the last piece."""
 
+    def local(self) -> Sink:
+        """A sink for what this process holds of tensors that are spread over several."""
+        raise InputError(f"tensors that are spread over several processes cannot be written by {type(self).__name__}")
+
 
 class Memory(Sink):
-    """Tensors of the update: fresh ones, or the caller's."""
+    """Tensors of the update: fresh ones, or the caller's (which may hold `more` than these)."""
 
-    def __init__(self, out: MutableMapping[str, Tensor] | None = None) -> None:
-        self.out = out
+    def __init__(self, out: Mapping[str, Tensor] | None = None, *, more: bool = False) -> None:
+        self.out, self.more = out, more
 
     def open(self, specs: Mapping[str, Spec], alias: Mapping[str, str], sources: list[Source]) -> None:
         if self.out is None:
             self.tensors = {k: torch.empty(s.shape, dtype=s.dtype, device=s.device) for k, s in specs.items()}
         else:
+            if self.more and isinstance(self.out, Mapping):
+                self.out = {key: self.out[key] for key in [*specs, *alias] if key in self.out}
             check_out(self.out, specs, alias, sources)
             self.tensors = {key: self.out[key].detach() for key in specs}
         self.specs, self.alias = specs, alias
         self.flat = {key: tensor.view(-1) for key, tensor in self.tensors.items() if tensor.is_contiguous()}
+
+    def local(self) -> Memory:
+        out = self.out
+        return Memory(local_parts(out) if isinstance(out, Mapping) else out, more=self.more)
 
     def target(self, key: str, start: int, stop: int) -> Tensor | None:
         flat = self.flat.get(key)
@@ -115,6 +126,16 @@ class Applied(Sink):
 
     def done(self) -> Any:
         return self.inner.done()
+
+    def local(self) -> Applied:
+        base = self.base.local()
+        assert base is not None  # a base is stored, not made on demand
+        return Applied(base, self.inner.local(), self.dtype)
+
+
+def local_parts(out: Mapping[str, Any]) -> dict[str, Any]:
+    """What this process holds of each tensor; anything else is left for `check_out` to refuse."""
+    return {key: local(value) if isinstance(value, Tensor) else value for key, value in out.items()}
 
 
 def overflows(wide: Tensor, narrow: Tensor) -> bool:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._sharded import full, is_sharded, local
 from .._state import Tensors, extrema, identity, is_bendable, quoted
 from ..errors import InputError, StateMismatchError
 
@@ -58,6 +59,14 @@ class Source(Mapping[str, Tensor]):
         """Equal for two names of one tensor."""
         return (id(self), key)
 
+    def template(self, key: str) -> Tensor | None:
+        """The DTensor that says how the tensor is spread over processes; None if it is not."""
+        return None
+
+    def local(self) -> Source | None:
+        """What this process holds of it, with the shapes of that; None if every process must make it as a whole."""
+        return None
+
     def whole(self, key: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
         """The tensor in its shape, by default in the dtype it is calculated in; not to be written to."""
         spec = self.specs[key]
@@ -85,21 +94,38 @@ class Stored(Source):
         self.wants_gradient = any(tensor.requires_grad for tensor in tensors.values())
         self.tensors = {key: tensor.detach() for key, tensor in tensors.items()}
         self.specs = {key: Spec(tuple(t.shape), t.dtype, t.device) for key, t in self.tensors.items()}
-        self._flat = {key: t.view(-1) for key, t in self.tensors.items() if t.is_contiguous()}
+        self._flat = {k: t.view(-1) for k, t in self.tensors.items() if not is_sharded(t) and t.is_contiguous()}
+        self._gathered: tuple[str, Tensor] | None = None
 
     def sliceable(self, key: str) -> bool:
         return key in self._flat
 
     def identity(self, key: str) -> Hashable:
-        return identity(self.tensors[key])
+        return identity(self.given[key])
+
+    def template(self, key: str) -> Tensor | None:
+        return self.tensors[key] if is_sharded(self.tensors[key]) else None
+
+    def local(self) -> Source | None:
+        return Stored({key: local(tensor) for key, tensor in self.tensors.items()}, self.label)
 
     def read(self, key: str, start: int, stop: int, buffer: Tensor) -> Tensor:
         flat = self._flat.get(key)
-        part = self.tensors[key].reshape(-1)[start:stop] if flat is None else flat[start:stop]
+        part = self._whole(key).reshape(-1)[start:stop] if flat is None else flat[start:stop]
         return part if part.dtype == buffer.dtype and part.device == buffer.device else buffer.copy_(part)
 
     def whole(self, key: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
-        return self.tensors[key].to(device=device, dtype=dtype or self.specs[key].calculated_in)
+        return self._whole(key).to(device=device, dtype=dtype or self.specs[key].calculated_in)
+
+    def _whole(self, key: str) -> Tensor:
+        """The tensor, put together from all processes if it is spread; the last one is kept for the next piece."""
+        tensor = self.tensors[key]
+        if not is_sharded(tensor):
+            return tensor
+        if self._gathered is None or self._gathered[0] != key:
+            self._gathered = None
+            self._gathered = key, full(tensor)
+        return self._gathered[1]
 
     def __getitem__(self, key: str) -> Tensor:
         return self.tensors[key]
@@ -111,6 +137,14 @@ class Base:
     def __init__(self, source: Source) -> None:
         self.source = source
         self._last = threading.local()
+        self._local: Base | None = None
+
+    def local(self) -> Base | None:
+        """The same for what this process holds of the base."""
+        if self._local is None:
+            source = self.source.local()
+            self._local = None if source is None else Base(source)
+        return self._local
 
     def read(self, key: str, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
         """The piece, and whether all of it is finite. Valid until the same thread asks for the next."""
@@ -143,6 +177,13 @@ class Difference(Source):
 
     def identity(self, key: str) -> Hashable:
         return (self.model.identity(key), self.base.source.identity(key))
+
+    def template(self, key: str) -> Tensor | None:
+        return self.model.template(key)
+
+    def local(self) -> Source | None:
+        base, model = self.base.local(), self.model.local()
+        return None if base is None or model is None else Difference(base, model, self.label)
 
     def read(self, key: str, start: int, stop: int, buffer: Tensor) -> Tensor:
         after = self.model.read(key, start, stop, buffer)

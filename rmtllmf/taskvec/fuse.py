@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping
 from typing import Any, cast
 
 import torch
@@ -66,25 +66,23 @@ def fuse(
     vectors = [_vector(shared, state, model, f"finetuned[{index}]") for index, model in enumerate(_listed(finetuned))]
     if out is not None:
         check_keys(out, state, "out", "base")
-    inner = _Model(state, out)
-    run(rule, vectors, Applied(shared, inner, dtype), options)
-    return inner.model
+    fused = run(rule, vectors, Applied(shared, Memory(out, more=True), dtype), options)
+    return _completed(fused, state, out)
 
 
-def run(rule: Callable[..., Tensors], vectors: list[Source], sink: Sink, options: Mapping[str, Any]) -> None:
+def run(rule: Callable[..., Tensors], vectors: list[Source], sink: Sink, options: Mapping[str, Any]) -> Any:
     """Let `rule` write to `sink`; a function that takes no ``out`` is given task vectors, and its update written."""
     if not callable(rule):
         raise TypeError(f"rule: expected a function task vectors -> update, got {type(rule).__name__}")
     if _takes_out(rule):
-        rule(vectors, out=sink, **options)
-        return
+        return rule(vectors, out=sink, **options)
     update = rule([TaskVector(vector) for vector in vectors], **options)
     if not isinstance(update, Mapping):
         raise TypeError(f"rule: expected it to return a mapping of name -> tensor, got {type(update).__name__}")
     unknown = set(update) - set(vectors[0]) if vectors else set()
     if unknown:
         raise StateMismatchError(f"rule's result has the unexpected {sorted(unknown)[:5]}")
-    task_arithmetic([update], 1.0, out=cast(Any, sink))
+    return task_arithmetic([update], 1.0, out=cast(Any, sink))
 
 
 def _takes_out(rule: Callable[..., Any]) -> bool:
@@ -117,30 +115,18 @@ def _vector(base: Base, state: Tensors, model: Any, label: str) -> Source:
     return Difference(base, Stored(tensors, label), label)
 
 
-class _Model(Memory):
-    """Fused entries where the engine puts them, copies of the base's for the rest."""
-
-    def __init__(self, state: Mapping[str, Tensor], out: MutableMapping[str, Tensor] | None) -> None:
-        self.state, self.whole = state, out
-        super().__init__()
-
-    def open(self, specs: Any, alias: Any, sources: Any) -> None:
-        if self.whole is not None:
-            self.out = {key: self.whole[key] for key in [*specs, *alias]}
-        super().open(specs, alias, sources)
-
-    def done(self) -> dict[str, Tensor]:
-        fused = super().done()
-        copies: dict[Any, Tensor] = {}
-        self.model: dict[str, Tensor] = {}
-        for key, tensor in self.state.items():
-            if key in fused:
-                self.model[key] = fused[key]
-            elif self.whole is not None:
-                self.model[key] = self.whole[key].copy_(tensor)
-            else:
-                memory = identity(tensor)
-                if memory not in copies:
-                    copies[memory] = tensor.detach().clone()
-                self.model[key] = copies[memory]
-        return fused
+def _completed(fused: Tensors, state: Tensors, out: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The fused entries, and copies of the base's for the rest, in the order of the base."""
+    copies: dict[Hashable, Tensor] = {}
+    model = {}
+    for key, tensor in state.items():
+        if key in fused:
+            model[key] = fused[key] if out is None else out[key]
+        elif out is not None:
+            model[key] = out[key].copy_(tensor)
+        else:
+            memory = identity(tensor)
+            if memory not in copies:
+                copies[memory] = tensor.detach().clone()
+            model[key] = copies[memory]
+    return model

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-PRIVATE = ("errors", "_arrays", "_state", "_random", "_tasks", "_classifier", "_threads")
+PRIVATE = ("errors", "_arrays", "_state", "_random", "_tasks", "_classifier", "_threads", "_sharded")
 """Shared foundations: they import each other and nothing else of the library."""
 
 MAY_IMPORT = {
