@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from .._random import Seed, seed_number
 from .._state import Tensors
 from ..errors import StateMismatchError
 from ._checkpoint import Checkpoint
 from ._checkpoint_writer import Files
+from ._noisy import mse_of, noisy
 from ._sinks import Applied
 from ._sources import Base, Difference, Source, check_same
 from .arithmetic import task_arithmetic
@@ -29,6 +31,9 @@ def fuse_files(
     out: Path,
     rule: Callable[..., Tensors] = task_arithmetic,
     *,
+    mse: Any = None,
+    scale: str | float = "rms",
+    seed: Seed | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = False,
     **options: Any,
@@ -47,6 +52,12 @@ def fuse_files(
         out: a path that ends in ``.safetensors``, which is replaced if it exists; or a folder, which must not exist,
             for shards of the names of the base's, with their index.
         rule: a rule of this package. Any other function of a list of task vectors is given all of them in memory.
+        mse: to send the task vectors over the channel on the way: the N mean squared errors of the receiver, as of
+            `rmtllmf.channel.sic`, or a number for all. Each vector gets the noise that `rmtllmf.channel.transmit` gives
+            it with these `mse`, `scale` and `seed` (estimator "additive", independent errors).
+        scale, seed: with `mse` those of the channel: "rms", "peak", "tensor_rms", "tensor_peak" or a number, and an int
+            or a ``torch.Generator``. Without it they are options of the rule. To give both their own, bind the rule's:
+            ``functools.partial(task_arithmetic, scale=0.3)``.
         dtype: of the fused entries; by default the base's.
         progress: show a progress bar.
         options: of the rule, such as ``density=0.2``, and those of `FusionOptions` but ``out``.
@@ -75,6 +86,7 @@ def fuse_files(
         {'w': tensor([12.])}
     """
     opened: list[Checkpoint] = []
+    channel: dict[str, Any] = {}
     try:
         origin = Checkpoint(base, "base")
         opened.append(origin)
@@ -83,11 +95,19 @@ def fuse_files(
             _check(opened[-1], origin)
         shared = Base(origin)
         vectors: list[Source] = [Difference(shared, model, model.label) for model in opened[1:]]
+        if mse is None:
+            options |= {} if scale == "rms" else {"scale": scale}
+            options |= {} if seed is None else {"seed": seed}
+        else:
+            seed = None if seed is None else seed_number(seed)
+            vectors = noisy(vectors, mse, scale, seed)
+            channel = {"mse": mse_of(mse, len(vectors)), "scale": scale, "seed": seed}
         request = {
             "files": [file.fingerprint() for file in opened],
             "rule": _described(rule),
             "options": {name: _described(value) for name, value in sorted(options.items())},
             "dtype": str(dtype),
+            "channel": channel,
             "torch": torch.__version__,
         }
         sink = Files(origin, out, request)

@@ -6,6 +6,7 @@ import os
 import signal
 import struct
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import rmtllmf.taskvec._engine as engine
 from helpers.fusion_rules import ROWS
-from rmtllmf.errors import InputError, NonFiniteError, StateMismatchError
-from rmtllmf.taskvec import fuse, fuse_files, task_arithmetic
+from rmtllmf.channel import transmit
+from rmtllmf.errors import InputError, NonFiniteError, ShapeError, StateMismatchError
+from rmtllmf.taskvec import TaskVector, fuse, fuse_files, task_arithmetic
 from rmtllmf.taskvec._checkpoint import Checkpoint
 
 
@@ -291,3 +293,40 @@ def test_an_index_that_lies(tmp_path):
     index.write_text(json.dumps(content))
     with pytest.raises(InputError, match="the index says that 's' is in None"):
         Checkpoint(folder, "base")
+
+
+@pytest.mark.parametrize("scale", ["rms", "peak", "tensor_rms", "tensor_peak", 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_channel_on_the_way_is_transmit(scale, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "PIECE", 1 << 17)
+    states, paths = written(tmp_path, dtype, 3)
+    for state, path in zip(states, paths, strict=True):
+        del state["mask"]  # the same in all, which has no scale of its own
+        state["long"] = torch.randn(150_001, generator=torch.Generator().manual_seed(int(state["steps"]))).to(dtype)
+        save_file(state, path)
+    vectors = [TaskVector.between(states[0], state) for state in states[1:]]
+    mse = [0.1, 0.0, 2.0]
+    expected = task_arithmetic(transmit(vectors, mse, seed=5, scale=scale), 0.3).apply_to(states[0])
+    rule = partial(task_arithmetic, scale=0.3)
+    fuse_files(paths[0], paths[1:], tmp_path / "o.safetensors", rule, mse=mse, scale=scale, seed=5)
+    same_bits(load_file(tmp_path / "o.safetensors"), expected)
+    # whatever the pieces
+    monkeypatch.setattr(engine, "PIECE", 1 << 13)
+    fuse_files(paths[0], paths[1:], tmp_path / "p.safetensors", rule, mse=mse, scale=scale, seed=5)
+    same_bits(load_file(tmp_path / "p.safetensors"), expected)
+
+
+def test_errors_of_the_channel(tmp_path):
+    _, paths = written(tmp_path)
+    out = tmp_path / "o.safetensors"
+    with pytest.raises(InputError, match="seed: with mse"):
+        fuse_files(paths[0], paths[1:], out, mse=0.1)
+    with pytest.raises(ShapeError, match="each of the 4 models, got 2"):
+        fuse_files(paths[0], paths[1:], out, mse=[0.1, 0.2], seed=0)
+    with pytest.raises(InputError, match=r"mse\[1\]: expected at least 0"):
+        fuse_files(paths[0], paths[1:], out, mse=[0.1, -0.2, 0.1, 0.1], seed=0)
+    with pytest.raises(InputError, match="scale: expected one of 'rms'"):
+        fuse_files(paths[0], paths[1:], out, mse=0.1, scale="max", seed=0)
+    with pytest.raises(InputError, match="does not differ from base"):
+        fuse_files(paths[0], [paths[0], paths[0]], out, mse=0.1, seed=0)
+    assert not out.exists()
