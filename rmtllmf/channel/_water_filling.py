@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .._arrays import largest
 from ..errors import ConvergenceError
+from ._eigen import eigh, eigvalsh
 
 EPS = torch.finfo(torch.float64).eps
 ILL_CONDITIONED = 1e-5  # below this ratio of eigenvalues the Gram matrix has lost too many digits: use the SVD
@@ -50,7 +51,7 @@ def modes(H: Tensor, P: Tensor) -> Modes:
     No zero eigenvalues appear there when Q < N_R, and it is cheaper. If all users are silent, `v` is zero, `unit` one.
     """
     B, gram, share, unit = _normalised(H, P)
-    v, V = torch.linalg.eigh(gram * share[..., None, None])
+    v, V = eigh(gram * share[..., None, None])
     v = v.clamp_min(0.0)
     wide = B.shape[-1] >= B.shape[-2]
     U = V if wide else B @ (V * (share[..., None] / torch.where(v > 0, v, 1.0)).sqrt()[..., None, :])
@@ -64,7 +65,7 @@ def modes(H: Tensor, P: Tensor) -> Modes:
 def mode_powers(H: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
     """The eigenvalues and the unit alone: half the work."""
     B, gram, share, unit = _normalised(H, P)
-    v = torch.linalg.eigvalsh(gram * share[..., None, None]).clamp_min(0.0)
+    v = eigvalsh(gram * share[..., None, None]).clamp_min(0.0)
     poor = v[..., 0] < ILL_CONDITIONED * v[..., -1]
     if bool(poor.any()):
         v[poor] = _powers_of(torch.linalg.svdvals(B[poor]), B, share[poor])

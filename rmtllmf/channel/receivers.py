@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .._arrays import Array, ArrayLike, Inputs, batch_shape, check_hermitian, resolution
 from ..errors import InputError, ShapeError
@@ -14,6 +16,9 @@ from ._filters import Received, filters
 from .rate import received
 
 __all__ = ["Reception", "lmmse", "sic"]
+
+_CHUNK = 2048  # draws received at once, as many as `worst_case` solves at once
+_OWN = (1, 2, 2, 1)  # dimensions that P, C, designed_for and order have for a single draw
 
 
 @dataclass(frozen=True)
@@ -88,11 +93,7 @@ def sic(
         >>> bool(aware.mse.mean() < unaware.mse.mean())
         True
     """
-    inputs = Inputs.of(H, "H", P, C, designed_for, order)
-    link = received(inputs, H, P, C)
-    sequence = decoding_order(inputs, order, link.strength)
-    F, W = designed_filters(inputs, link, designed_for, sequence)
-    return _reception(inputs, link, F, W, matched=designed_for is None, order=sequence)
+    return _in_chunks(H, P, C, designed_for, order)
 
 
 def lmmse(H: Array, P: ArrayLike, C: Array, *, designed_for: Array | None = None) -> Reception:
@@ -125,10 +126,7 @@ def lmmse(H: Array, P: ArrayLike, C: Array, *, designed_for: Array | None = None
         array([[0.5, 0. ],
                [0. , 0.5]])
     """
-    inputs = Inputs.of(H, "H", P, C, designed_for)
-    link = received(inputs, H, P, C)
-    F, W = designed_filters(inputs, link, designed_for, None)
-    return _reception(inputs, link, F, W, matched=designed_for is None, order=None)
+    return _in_chunks(H, P, C, designed_for, None)
 
 
 def designed_filters(
@@ -160,6 +158,63 @@ def decoding_order(inputs: Inputs, order: str | Array, strength: Tensor) -> Tens
         raise InputError(f"order: expected each of 0..{users - 1} once, first decoded first")
     batch_shape(("H and P", strength.shape[:-1]), ("order", sequence.shape[:-1]))
     return sequence.to(torch.int64)
+
+
+def _in_chunks(H: Array, P: ArrayLike, C: Array, designed_for: Array | None, order: str | Array | None) -> Reception:
+    """`_receive`; a long batch in parts, whose intermediate results stay in the cache and do not add up."""
+    rest: tuple[Any, ...] = (P, C, designed_for, order)
+    if not _is_long(H, rest):
+        return _receive(H, P, C, designed_for, order)
+    whole: dict[str, Any] = {}
+    for start in range(0, len(H), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        own = (x[part] if _has_draws(x, dims) and len(x) > 1 else x for x, dims in zip(rest, _OWN, strict=True))
+        try:
+            found = vars(_receive(H[part], *own))
+        except (InputError, TypeError):
+            return _receive(H, P, C, designed_for, order)  # what it says is to be about the whole batch
+        if not whole:
+            whole = {name: _empty(value, len(H)) for name, value in found.items()}
+        for name, value in found.items():
+            if value is not None:
+                whole[name][part] = value
+    return Reception(**whole)
+
+
+def _empty(part: Array | None, draws: int) -> Array | None:
+    """Memory for what `part` is the beginning of."""
+    if part is None:
+        return None
+    shape = (draws, *part.shape[1:])
+    return part.new_empty(shape) if isinstance(part, Tensor) else np.empty(shape, part.dtype)
+
+
+def _is_long(H: Array, rest: tuple[Any, ...]) -> bool:
+    """A flat batch of many draws, each with its own channel, and no derivatives: worth cutting up."""
+    if not isinstance(H, Tensor | np.ndarray) or H.ndim != 3 or len(H) <= _CHUNK or forward_ad._current_level >= 0:
+        return False
+    for value in (H, *rest):
+        if isinstance(value, Tensor) and (
+            torch._C._functorch.is_functorch_wrapped_tensor(value) or (value.requires_grad and torch.is_grad_enabled())
+        ):
+            return False
+        if isinstance(value, list | tuple) and not all(isinstance(entry, int | float) for entry in value):
+            return False
+    return all(len(x) in (1, len(H)) for x, dims in zip(rest, _OWN, strict=True) if _has_draws(x, dims))
+
+
+def _has_draws(value: object, dims: int) -> bool:
+    """Whether an argument has a leading dimension of draws, on top of its own."""
+    return isinstance(value, Tensor | np.ndarray) and value.ndim > dims
+
+
+def _receive(H: Array, P: ArrayLike, C: Array, designed_for: Array | None, order: str | Array | None) -> Reception:
+    """A linear receiver if `order` is None."""
+    inputs = Inputs.of(H, "H", P, C, designed_for, order)
+    link = received(inputs, H, P, C)
+    sequence = None if order is None else decoding_order(inputs, order, link.strength)
+    F, W = designed_filters(inputs, link, designed_for, sequence)
+    return _reception(inputs, link, F, W, matched=designed_for is None, order=sequence)
 
 
 def _reception(

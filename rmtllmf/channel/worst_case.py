@@ -12,13 +12,16 @@ from torch.autograd import forward_ad
 
 from .._arrays import Array, ArrayLike, Inputs, batch_shape, check_channel, powers
 from ..errors import InputError
+from ._out import checked_out, fresh, is_direct
 from ._single_draw import solve_single
 from ._water_filling import Filling, Modes, fill, mode_powers, modes
 from ._worst_case_gradient import Solution, WorstCaseFunction
 
 __all__ = ["WorstCase", "worst_case", "worst_case_covariance", "worst_case_rate"]
 
-_CHUNK = 2048  # draws solved at once: their intermediate results stay in the cache, and memory is bounded
+# draws solved at once: memory is bounded, and on the CPU intermediate results stay in the cache; elsewhere every
+# operation has to be worth its launch
+_CHUNK, _CHUNK_ELSEWHERE = 2048, 16_384
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class WorstCase:
     iterations: int
 
 
-def worst_case(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike = 0.0) -> WorstCase:
+def worst_case(
+    H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike = 0.0, out: Array | None = None
+) -> WorstCase:
     r"""The noise covariance that minimises the sum rate, with the rate and the multiplier that belong to it.
 
     .. math:: \min_{C \succeq 0,\ \mathrm{tr}\, C \le P_N} \log\det\bigl(I + H P H^H (C + \sigma^2 I)^{-1}\bigr)
@@ -58,21 +63,28 @@ def worst_case(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike = 0.0
         P: transmit powers in W: a number, (..., Q), or (..., Q, Q) exactly diagonal. Zero for a silent user.
         P_N: (...) the jammer's total power in W, at least 0 (0 gives ``C = 0``).
         noise: (...) thermal noise power per antenna in W, the floor :math:`\sigma^2`, at least 0.
+        out: (..., N_R, N_R) memory to write the covariance into, of the shape, kind, precision and device that it
+            would have, and apart from the inputs'; contiguous is the fastest. After an error it may hold anything.
 
     Returns:
-        A `WorstCase`. If all users are silent every `C` is optimal, and the white one is returned.
+        A `WorstCase`, whose covariance is `out` if that is given; the numbers are the same, bit by bit. If all users
+        are silent every `C` is optimal, and the white one is returned.
 
     Raises:
-        TypeError: `H` is real, or another argument is not real numbers.
+        TypeError: `H` is real, another argument is not real numbers, or `out` is of another kind or precision.
         ShapeError: shapes do not fit.
         InputError: a negative power, or tensors inside a transformation of torch.func (``vmap``, ``grad``) or in
-            forward-mode differentiation; NonFiniteError: NaN or infinity.
+            forward-mode differentiation; `out` together with a gradient, in the inputs' memory, read-only, or on
+            another device; NonFiniteError: NaN or infinity.
         ConvergenceError: the iteration failed, which takes powers more than 150 orders of magnitude apart.
 
     Note:
         Gradients with respect to all four arguments are exact, at repeated eigenvalues too. Where `C` is not
         differentiable they are one-sided (``P_N = 0``, a mode about to be jammed) or leave out an infinite part (a zero
         eigenvalue without a floor, all users silent). Second derivatives are not available, and say so.
+
+        On a GPU the first large batch of every size measures whether its own eigensolver or the host's is the faster,
+        and later ones use that: last bits may differ from process to process.
 
     Source: R-MTLLMF (P1), eq. 13 and 14, without the doubly counted power; Jorswieck and Boche, 2004.
 
@@ -84,27 +96,37 @@ def worst_case(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike = 0.0
         True
     """
     inputs = Inputs.of(H, "H", P, P_N, noise)
-    _refuse_transforms(H, P, P_N, noise)
+    _refuse_transforms(H, P, P_N, noise, out)
+    given = {"H": H, "P": P, "P_N": P_N, "noise": noise}
     single = solve_single(H, P, P_N, noise)
     if single is not None:
-        matrix, *numbers = single[:3]
-        rate, level = (inputs.back(torch.tensor(number, dtype=torch.float64)) for number in numbers)
-        return WorstCase(inputs.back(torch.from_numpy(matrix)), rate, level, single[3])
+        C = torch.from_numpy(single[0])
+        rate, level = (inputs.back(torch.tensor(number, dtype=torch.float64)) for number in single[1:3])
+        if out is not None:
+            checked_out(out, inputs, tuple(C.shape), **given).copy_(C)
+        return WorstCase(inputs.back(C) if out is None else out, rate, level, single[3])
     channel, power, jammer, floor = _checked(inputs, H, P, P_N, noise)
     batch = jammer.shape
+    target = None
+    if out is not None:
+        target = checked_out(out, inputs, (*batch, channel.shape[-2], channel.shape[-2]), **given)
     if torch.is_grad_enabled() and any(part.requires_grad for part in (channel, power, jammer, floor)):
         channel = channel.expand(*batch, *channel.shape[-2:])
         power = power.expand(*batch, power.shape[-1])
         C, rate, level, steps = WorstCaseFunction.apply(channel, power, jammer, floor, _solve)
     elif _is_long(channel, power, jammer):
-        C, rate, level, steps = _in_chunks(channel, power, jammer, floor)
+        C, rate, level, steps = _in_chunks(channel, power, jammer, floor, target)
     else:
         C, rate, level, _, filling = _solve(channel, power, jammer, floor)
         steps = filling.steps
-    return WorstCase(inputs.back(C), inputs.back(rate), inputs.back(level), steps)
+        if target is not None:
+            target.copy_(C)
+    return WorstCase(inputs.back(C) if out is None else out, inputs.back(rate), inputs.back(level), steps)
 
 
-def worst_case_covariance(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike = 0.0) -> Any:
+def worst_case_covariance(
+    H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike = 0.0, out: Array | None = None
+) -> Any:
     r"""The noise covariance of total power `P_N` that minimises the sum rate.
 
     .. math:: \arg\min_{C \succeq 0,\ \mathrm{tr}\, C \le P_N} \log\det\bigl(I + H P H^H (C + \sigma^2 I)^{-1}\bigr)
@@ -114,9 +136,11 @@ def worst_case_covariance(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: Arra
         P: transmit powers in W: a number, (..., Q), or (..., Q, Q) exactly diagonal.
         P_N: (...) the jammer's total power in W, at least 0.
         noise: (...) thermal noise power per antenna in W, the floor :math:`\sigma^2`, at least 0.
+        out: (..., N_R, N_R) memory to write the result into, as for `worst_case`.
 
     Returns:
         (..., N_R, N_R) complex: Hermitian positive semidefinite, with trace `P_N`; in the kind and precision of `H`.
+        `out` itself if that is given.
 
     Raises:
         TypeError, ShapeError, InputError, ConvergenceError: as `worst_case`, which also returns the rate.
@@ -132,8 +156,14 @@ def worst_case_covariance(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: Arra
         array([[1., 0., 0.],
                [0., 1., 0.],
                [0., 0., 0.]])
+
+        Memory that is used again, batch after batch:
+
+        >>> C = np.empty((3, 3), dtype=complex)
+        >>> worst_case_covariance(H, P=1.0, P_N=5.0, out=C) is C
+        True
     """
-    return worst_case(H, P, P_N, noise=noise).covariance
+    return worst_case(H, P, P_N, noise=noise, out=out).covariance
 
 
 def worst_case_rate(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike = 0.0) -> Any:
@@ -209,11 +239,16 @@ def _rate_alone(H: Tensor, P: Tensor, P_N: Tensor, noise: Tensor) -> Tensor:
 
 def _is_long(H: Tensor, P: Tensor, P_N: Tensor) -> bool:
     """A flat batch of many draws, each with its own channel: worth cutting up."""
-    return P_N.ndim == 1 and len(P_N) > _CHUNK and P.shape[:-1] == H.shape[:-2] == P_N.shape
+    return P_N.ndim == 1 and len(P_N) > _chunk(P_N) and P.shape[:-1] == H.shape[:-2] == P_N.shape
+
+
+def _chunk(P_N: Tensor) -> int:
+    return _CHUNK if P_N.device.type == "cpu" else _CHUNK_ELSEWHERE
 
 
 def _chunks(P_N: Tensor) -> Iterator[slice]:
-    return (slice(start, start + _CHUNK) for start in range(0, len(P_N), _CHUNK))
+    size = _chunk(P_N)
+    return (slice(start, start + size) for start in range(0, len(P_N), size))
 
 
 def _rate(v: Tensor, filling: Filling, floor: Tensor) -> Tensor:
@@ -240,11 +275,17 @@ def _solve(H: Tensor, P: Tensor, P_N: Tensor, noise: Tensor, out: Tensor | None 
     return C, rate, level, Modes(v, U, unit), filling
 
 
-def _in_chunks(H: Tensor, P: Tensor, P_N: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """`_solve` for a long flat batch, into results made beforehand."""
-    C = H.new_empty(H.shape[0], H.shape[1], H.shape[1])
+def _in_chunks(
+    H: Tensor, P: Tensor, P_N: Tensor, noise: Tensor, out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """`_solve` for a long flat batch, into results made beforehand; `out` need not be complex128 or contiguous."""
+    C = fresh(H, len(H), H.shape[1], H.shape[1]) if out is None else out
+    direct = is_direct(C)
     rate, level, steps = torch.empty_like(P_N), torch.empty_like(P_N), 0
     for part in _chunks(P_N):
-        _, rate[part], level[part], _, filling = _solve(H[part], P[part], P_N[part], noise[part], out=C[part])
-        steps = max(steps, filling.steps)
+        solved = _solve(H[part], P[part], P_N[part], noise[part], out=C[part] if direct else None)
+        if not direct:
+            C[part] = solved[0]
+        rate[part], level[part] = solved[1:3]
+        steps = max(steps, solved[4].steps)
     return C, rate, level, steps

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from helpers.oracles import complex_normal, worst_case_by_cvxpy
-from rmtllmf.channel import UplinkScenario, worst_case, worst_case_rate
+from rmtllmf.channel import UplinkScenario, _eigen, worst_case, worst_case_rate
 
 
 @pytest.fixture(autouse=True)
@@ -58,20 +58,61 @@ def test_batch_against_bare_eigh(draws):
     up = UplinkScenario().draw(draws, seed=0)
     P_N = 124 * up.noise
     G = up.H.mH @ up.H
+    aligned = torch.empty(draws, 16, 16, dtype=torch.complex128)
+    array = np.empty((draws, 16, 16), dtype=complex)  # of another alignment: results are copied there
 
-    def full():
-        return worst_case(up.H, up.P, P_N, noise=up.noise)
+    def full(out=None):
+        return worst_case(up.H, up.P, P_N, noise=up.noise, out=out)
 
     repetitions = 15 if draws == 10_000 else 3
-    ours, rate, eigh = interleaved(
+    ours, again, copied, rate, eigh = interleaved(
         full,
+        lambda: full(aligned),
+        lambda: full(torch.from_numpy(array)),
         lambda: worst_case_rate(up.H, up.P, P_N, noise=up.noise),
         lambda: torch.linalg.eigh(G),
         repetitions=repetitions,
     )
     print(
         f"\n{draws} draws of 16 x 8 with floor: {1e6 * ours / draws:.1f} us a draw, {ours / eigh:.2f} times bare eigh; "
+        f"with out= {again / eigh:.2f} times, an array {copied / eigh:.2f} times; "
         f"rate alone {rate / ours:.2f} of the time; {full().iterations} Newton steps"
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [2, 8, 16, 32, 64])
+def test_eigensolvers_on_the_device(size):
+    """Which of the two ways `rmtllmf.channel._eigen` should find to be the faster, on all of 10,000 matrices."""
+    A = torch.randn(10_000, size, size, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+    G = (A @ A.mH).cuda()
+    torch.set_num_threads(os.cpu_count() or 1)  # the host with all that it has, as in use
+
+    def timed(solver):
+        return lambda: (solver(G), torch.cuda.synchronize())
+
+    own, host = interleaved(timed(torch.linalg.eigh), timed(_eigen._through_host(torch.linalg.eigh)), repetitions=3)
+    _eigen._chosen.clear()
+    _eigen.eigh(G)
+    print(
+        f"\n10,000 of {size} x {size} on {torch.cuda.get_device_name()}: its own eigh {1e3 * own:.1f} ms, "
+        f"through the host {1e3 * host:.1f} ms; chosen: {', '.join(_eigen._chosen.values())}"
+    )
+
+
+@pytest.mark.gpu
+def test_worst_case_on_the_device():
+    torch.set_num_threads(os.cpu_count() or 1)
+    up = UplinkScenario().draw(10_000, seed=0)
+    there = UplinkScenario().draw(10_000, seed=0, device="cuda")
+
+    def solved(u):
+        return lambda: (worst_case(u.H, u.P, 124 * u.noise, noise=u.noise), torch.cuda.synchronize())
+
+    device, cpu = interleaved(solved(there), solved(up), repetitions=5)
+    print(
+        f"\n10,000 draws of 16 x 8 on {torch.cuda.get_device_name()}: {1e3 * device:.1f} ms, on the CPU with "
+        f"{torch.get_num_threads()} threads {1e3 * cpu:.1f} ms"
     )
 
 

@@ -1,9 +1,11 @@
 """The true min-max attack against a convex solver, and against everything that might be worse; imperfect knowledge."""
 
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import nnls
 
 from helpers.oracles import complex_normal, min_max_rate_by_cvxpy, random_covariance
 from rmtllmf.channel import (
@@ -16,6 +18,7 @@ from rmtllmf.channel import (
     worst_case,
     worst_case_covariance,
 )
+from rmtllmf.errors import ConvergenceError
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
@@ -125,3 +128,86 @@ def test_the_papers_uplink_with_a_weak_jammer():
     rates = sic(up.H, up.P, C + up.noise_covariance).rate
     other = sic(up.H, up.P, strongest_user_covariance(up.H, up.P, up.noise) + up.noise_covariance).rate
     assert np.all(rates.max(-1) <= other.max(-1) + 1e-8)  # a weak jammer does best against the strongest user alone
+
+
+def optimality(H, P, P_N, noise, C):
+    """How far the largest SINR may be above the optimum, relatively: a dual bound, from 60 digits and other formulas.
+
+    1/SINR is concave in C, so for any weights that add up to 1 its tangents at C bound what any C reaches. The weights
+    are those that make C stationary, fitted to ``sum w_q dC(1/SINR_q) C = level C`` without negative ones.
+    """
+    order = np.argsort((np.abs(H) ** 2).sum(0) * P, kind="stable")
+    U, s, _ = np.linalg.svd(H, full_matrices=False)
+    U = U[:, s > 1e-12 * s[0]]  # elsewhere nobody is heard
+    B, C = U.conj().T @ H * np.sqrt(P), U.conj().T @ C @ U
+    inverse, gradients = [], []
+    with mpmath.workdps(60):
+        X = mpmath.matrix(C.tolist()) + float(noise) * mpmath.eye(len(C))
+        for q in order[::-1]:
+            b = mpmath.matrix(B[:, q].tolist())
+            v = mpmath.inverse(X) * b
+            sinr = mpmath.re((b.H * v)[0])
+            outer = v * v.H / sinr**2
+            gradients.append(P_N * np.array(outer.tolist(), complex))
+            inverse.append(float(1 / sinr))
+            X = X + b * b.H
+    inverse, gradients = np.array(inverse), np.array(gradients)
+    least = inverse.min()
+    inverse, gradients = inverse / least, gradients / least
+    active = inverse < 1 + 1e-6
+    columns = [(part @ C).ravel() / P_N for part in (*gradients[active], -np.eye(len(C)))]
+    system = np.array([[*column.real, *column.imag, 1.0] for column in columns])
+    system[-1, -1] = 0.0  # the weights add up to 1
+    found, _ = nnls(system.T, np.eye(system.shape[1])[-1])
+    weights = found[:-1] / found[:-1].sum()
+    mean = np.einsum("q,qij->ij", weights, gradients[active])
+    bound = weights @ inverse[active] + np.linalg.eigvalsh(mean)[-1] - np.trace(mean @ C).real / P_N
+    return bound - 1
+
+
+@pytest.mark.parametrize("jammer", [1.0, 124.0])
+@pytest.mark.parametrize("floor", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(16, 8), (4, 2), (3, 4), (4, 1), "orthogonal", "identical"], ids=str)
+@pytest.mark.parametrize("snr_db", [0, 60, 80, 100])
+def test_it_is_optimal_however_far_users_are_above_jammer_and_floor(snr_db, shape, floor, jammer):
+    """The saddle point: equal SINRs of those whose weight is positive, weights that sum to 1, stationarity in C."""
+    antennas, users = (8, 4) if isinstance(shape, str) else shape
+    up = UplinkScenario(num_users=users, num_antennas=antennas).draw(2, seed=snr_db, numpy=True)
+    H = up.H
+    if shape == "orthogonal":
+        H = np.linalg.qr(H)[0] * np.linalg.norm(H, axis=-2, keepdims=True)
+    if shape == "identical":
+        H = np.repeat(H[..., :1], users, axis=-1)
+    thermal = 10 ** (-snr_db / 10) * (np.abs(H) ** 2 * up.P[:, None, :]).mean((-2, -1))
+    C = min_max_rate_covariance(H, up.P, jammer * thermal, noise=floor * thermal)
+    np.testing.assert_allclose(np.trace(C, axis1=1, axis2=2).real, jammer * thermal, rtol=1e-12)
+    for k in range(1 if users > 4 else 2):
+        gap = optimality(H[k], up.P[k], jammer * thermal[k], floor * thermal[k], C[k])
+        assert -1e-9 < gap < 2e-8  # the weights, fitted in single steps, are good to less than the covariance is
+
+
+@given(st.integers(0, 10**6))
+def test_it_converges_for_all_shapes_powers_and_noises(seed):
+    """Silent and identical users, powers six orders of magnitude apart, without a floor: never an error."""
+    rng = np.random.default_rng(seed)
+    antennas, users = rng.integers(1, 7, 2)
+    H, P = complex_normal(rng, antennas, users), 10 ** rng.uniform(-3, 3, users)
+    if users > 1:
+        H[:, 0], P[1] = rng.choice([H[:, 0], H[:, 1]]), rng.choice([0.0, 1.0])
+    noise = 10 ** rng.uniform(-8, 2)
+    C = min_max_rate_covariance(H, P, noise * 10 ** rng.uniform(-2, 2), noise=noise * rng.choice([0.0, 1e-3, 1.0]))
+    assert np.linalg.eigvalsh(C)[0] > -1e-15 * np.trace(C).real
+
+
+def test_a_result_that_is_not_certain_is_an_error(monkeypatch):
+    monkeypatch.setattr("rmtllmf.channel._interior_point._MAX_STEPS", 3)
+    H = complex_normal(np.random.default_rng(0), 5, 4, 3)
+    with pytest.raises(ConvergenceError, match="5 of 5 batch items"):
+        min_max_rate_covariance(H, 1.0, 1.0, noise=0.1)
+
+
+def test_parts_of_a_batch_do_not_matter(monkeypatch):
+    H = complex_normal(np.random.default_rng(0), 7, 4, 3)
+    whole = min_max_rate_covariance(H, 1.0, 1.0, noise=0.1)
+    monkeypatch.setattr("rmtllmf.channel._interior_point._MEMORY", 2 * 3 * 3**3)
+    np.testing.assert_allclose(min_max_rate_covariance(H, 1.0, 1.0, noise=0.1), whole, atol=1e-9)

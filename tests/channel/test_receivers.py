@@ -13,12 +13,14 @@ from rmtllmf.channel import (
     UplinkScenario,
     barrage_covariance,
     lmmse,
+    receivers,
     sic,
     strongest_user_covariance,
     sum_rate,
     worst_case,
     worst_case_covariance,
 )
+from rmtllmf.errors import NonFiniteError, ShapeError
 
 ANTENNAS, USERS = 4, 3
 
@@ -345,3 +347,69 @@ def test_gradients_that_do_not_exist_are_refused():
 def test_an_order_as_a_tensor_makes_the_result_one():
     rx = sic(np.eye(2) + 0j, 1.0, np.eye(2), order=torch.tensor([1, 0]))
     assert isinstance(rx.mse, torch.Tensor)
+
+
+@pytest.mark.parametrize("order", ["weakest_first", "shared", "own"])
+@pytest.mark.parametrize("design", [None, "shared", "own", "singular"])
+@pytest.mark.parametrize("kind", ["numpy", "torch", "single"])
+def test_a_long_batch_in_parts_has_the_same_bits(monkeypatch, kind, design, order):
+    """Draws and shared arguments, regular and singular noise in one batch, and a last part of a single draw."""
+    rng = np.random.default_rng(9)
+    draws = 25
+    H, P = complex_normal(rng, draws, ANTENNAS, USERS), rng.uniform(0.2, 2.0, (draws, USERS))
+    C = np.stack([covariance("regular" if k % 5 else 2, rng) for k in range(draws)])
+    design = {
+        None: None,
+        "shared": covariance("regular", rng),
+        "own": np.stack([covariance("regular", rng) for _ in range(draws)]),
+        "singular": np.stack([covariance(k % 3 + 1, rng) for k in range(draws)]),
+    }[design]
+    order = {"shared": np.array([2, 0, 1]), "own": rng.permuted(np.tile(np.arange(USERS), (draws, 1)), axis=-1)}.get(
+        order, order
+    )
+    if kind == "single":
+        H, C = H.astype(np.complex64), C.astype(np.complex64)
+    if kind == "torch":
+        H, P, C = map(torch.from_numpy, (H, P, C))
+    for receiver in ("sic", "lmmse"):
+        if kind == "numpy" or receiver == "sic" or isinstance(order, str):
+            whole = call(receiver, H, P, C, design, order)
+            monkeypatch.setattr("rmtllmf.channel.receivers._CHUNK", 8)
+            parts = call(receiver, H, P, C, design, order)
+            monkeypatch.undo()
+            for name, expected in vars(whole).items():
+                found = getattr(parts, name)
+                assert type(found) is type(expected), name
+                if expected is not None:
+                    assert found.dtype == expected.dtype, name
+                    np.testing.assert_array_equal(found, expected, err_msg=name, strict=True)
+                    end = (USERS, USERS) if name.endswith("covariance") else (USERS,)
+                    assert found.shape == (draws, *end)
+
+
+def test_what_is_and_what_is_not_received_in_parts(monkeypatch):
+    """Gradients and errors are those of the whole batch; arguments that do not fit are not cut to fit."""
+    monkeypatch.setattr("rmtllmf.channel.receivers._CHUNK", 4)
+    lengths = []
+    receive_part = receivers._receive
+    monkeypatch.setattr(receivers, "_receive", lambda H, *rest: lengths.append(len(H)) or receive_part(H, *rest))
+    rng = np.random.default_rng(10)
+    H = complex_normal(rng, 8, ANTENNAS, USERS)
+    C = np.stack([covariance("regular", rng) for _ in range(8)])
+    sic(H, np.ones((8, USERS)), C, designed_for=C, order=np.tile(np.arange(USERS), (8, 1)))
+    assert lengths == [4, 4]  # a third one would be the whole batch, after a part that did not fit
+    lengths.clear()
+    sic(H, [1.0, 2.0, 3.0], C[:1], order=[0, 1, 2])
+    assert lengths == [4, 4]
+    lengths.clear()
+    leaf = torch.from_numpy(H).requires_grad_()
+    sic(leaf, 1.0, C).mse.sum().backward()
+    assert lengths == [8]
+    assert leaf.grad is not None
+    with pytest.raises(ShapeError, match="batch dimensions"):
+        sic(H, 1.0, C[:4])
+    with pytest.raises(ShapeError, match="does not broadcast"):
+        lmmse(H, np.ones((4, USERS)).tolist(), C)
+    H[6:, 0, 0] = np.nan
+    with pytest.raises(NonFiniteError, match=f"2 non-finite entries of {H.size}"):
+        lmmse(H, 1.0, C)
