@@ -18,6 +18,7 @@ from .._state import (
     check_shapes,
     identity,
     is_bendable,
+    quoted,
     select_names,
 )
 from .._tasks import Tasks
@@ -60,9 +61,8 @@ def resilient_fusion(
         base: what the task vectors were taken from: a module, a state dict or the path of a safetensors file.
         received: the N task vectors as they came over the channel, mappings of name -> tensor.
         tasks_or_batches: name -> (head, batches), or the batches of a complete model, as for `realign`.
-        rule: a list of `TaskVector` -> the fused update, with the same keys, such as
-            ``rmtllmf.taskvec.task_arithmetic``; to set its options pass
-            ``functools.partial(task_arithmetic, scale=0.4)``.
+        rule: a list of `TaskVector` -> the fused update, such as any rule of `rmtllmf.taskvec`; to set its options
+            pass ``functools.partial(task_arithmetic, scale=0.4)``. What the update does not name stays as in `base`.
         frozen: names or glob patterns of what is restored and not trained; None: `embedding_keys` of the model.
             A tied parameter is meant under any of its names.
         steps: realignment steps, at least 0.
@@ -119,7 +119,9 @@ def resilient_fusion(
         raise TypeError(f"rule: expected it to return a mapping of name -> tensor, got {type(update).__name__}")
     if not isinstance(update, TaskVector):
         update = TaskVector(update)
-    check_keys(update, vectors[0], "rule's result", "the received vectors")
+    unknown = set(update) - set(vectors[0])
+    if unknown:
+        raise StateMismatchError(f"rule's result has the unexpected {quoted(unknown)}, which no received vector names")
     # what is restored anyway need not be fused first; tied names may have been bent each on its own
     rest = [name for name in update if name not in names]
     fused = update.select(rest).apply_to(original) if rest else original

@@ -161,15 +161,18 @@ def test_options_reach_the_realignment(setting):
     assert seen == [6, 6]
 
 
-def test_rules_get_task_vectors_and_must_keep_their_keys():
+def test_rules_get_task_vectors_and_what_they_leave_out_stays_as_in_the_base():
     model = nn.Linear(2, 2)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     heard = [{**{name: torch.ones_like(tensor) for name, tensor in base.items()}, "steps": torch.tensor(1)}] * 2
     for vectors in (heard, (vector for vector in heard)):
         resilient_fusion(model, base, vectors, {}, rule=lambda v: 0.5 * sum(v), frozen=(), steps=0)
         torch.testing.assert_close(model.weight, base["weight"] + 1)
-    with pytest.raises(StateMismatchError, match="rule's result lacks 'bias'"):
-        resilient_fusion(model, base, heard, {}, rule=lambda v: v[0].select("weight"), frozen=(), steps=0)
+    resilient_fusion(model, base, heard, {}, rule=partial(task_arithmetic, scale=0.5, skip="bias"), frozen=(), steps=0)
+    torch.testing.assert_close(model.weight, base["weight"] + 1)
+    assert torch.equal(model.bias, base["bias"])
+    with pytest.raises(StateMismatchError, match="rule's result has the unexpected 'other'"):
+        resilient_fusion(model, base, heard, {}, rule=lambda v: {"other": torch.ones(1)}, frozen=(), steps=0)
 
 
 def test_a_tie_that_base_and_vectors_have_lost_is_not_fused_to_its_last_name():
