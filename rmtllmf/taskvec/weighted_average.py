@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from typing_extensions import Unpack
 
-from .._state import Tensors
+from .._state import Tensors, finite_number
 from ..errors import InputError
 from ._engine import Fusion
 from ._linear import weighted_sum
@@ -16,13 +16,16 @@ from .vector import TaskVector
 __all__ = ["weighted_average"]
 
 
-def weighted_average(vectors: Iterable[Tensors], **options: Unpack[FusionOptions]) -> TaskVector:
+def weighted_average(
+    vectors: Iterable[Tensors], *, scale: float = 1.0, **options: Unpack[FusionOptions]
+) -> TaskVector:
     r"""The weighted mean of the task vectors: model soup, federated averaging.
 
-    .. math:: \tau = \frac{\sum_q w_q \tau_q}{\sum_q w_q}
+    .. math:: \tau = \lambda \frac{\sum_q w_q \tau_q}{\sum_q w_q}
 
     Args:
         vectors: N mappings of name -> tensor with the same keys and shapes. Not written to.
+        scale: :math:`\lambda`, 1 for the mean itself.
         options: as for every rule, see `FusionOptions`; ``weights=1 / mse`` is the inverse-variance average. Here the
             weights are normalised; without them all count the same.
 
@@ -42,8 +45,9 @@ def weighted_average(vectors: Iterable[Tensors], **options: Unpack[FusionOptions
         {'w': tensor([2.])}
     """
     fusion = Fusion(vectors, options)
+    factor = finite_number(scale, "scale")
     totals = {key: sum(fusion.weights(key)) for key in fusion.keys}
     for key, total in totals.items():
         if total == 0:
             raise InputError(f"weights: add up to 0 for {key!r}; an average needs another sum")
-    return weighted_sum(fusion, lambda key: [weight / totals[key] for weight in fusion.weights(key)])
+    return weighted_sum(fusion, lambda key: [factor * weight / totals[key] for weight in fusion.weights(key)])
