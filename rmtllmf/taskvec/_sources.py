@@ -67,6 +67,10 @@ class Source(Mapping[str, Tensor]):
         """What this process holds of it, with the shapes of that; None if every process must make it as a whole."""
         return None
 
+    def in_memory(self) -> Iterator[Stored]:
+        """What lies in memory of all that this is made from: nothing may be written there while it is read."""
+        return iter(())
+
     def whole(self, key: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
         """The tensor in its shape, by default in the dtype it is calculated in; not to be written to."""
         spec = self.specs[key]
@@ -75,6 +79,9 @@ class Source(Mapping[str, Tensor]):
 
     def __getitem__(self, key: str) -> Tensor:
         return self.whole(key).to(self.specs[key].dtype)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.specs
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -96,6 +103,9 @@ class Stored(Source):
         self.specs = {key: Spec(tuple(t.shape), t.dtype, t.device) for key, t in self.tensors.items()}
         self._flat = {k: t.view(-1) for k, t in self.tensors.items() if not is_sharded(t) and t.is_contiguous()}
         self._gathered: tuple[str, Tensor] | None = None
+
+    def in_memory(self) -> Iterator[Stored]:
+        yield self
 
     def sliceable(self, key: str) -> bool:
         return key in self._flat
@@ -171,6 +181,10 @@ class Difference(Source):
             for key, spec in model.specs.items()
             if is_bendable(key, torch.empty(0, dtype=spec.dtype))
         }
+
+    def in_memory(self) -> Iterator[Stored]:
+        yield from self.model.in_memory()
+        yield from self.base.source.in_memory()
 
     def sliceable(self, key: str) -> bool:
         return self.model.sliceable(key) and self.base.source.sliceable(key)
