@@ -28,6 +28,7 @@ def share_out(worker: Callable[[], Callable[[Item], None]], items: Iterable[Item
     Gradients are off inside. The first exception ends the work, and is raised.
     """
     threads = 1 if alone else torch.get_num_threads()
+    inference = torch.is_inference_mode_enabled()
     queue, lock, stop = iter(items), threading.Lock(), threading.Event()
 
     def take() -> Iterator[Item]:
@@ -42,7 +43,7 @@ def share_out(worker: Callable[[], Callable[[Item], None]], items: Iterable[Item
     def run() -> None:
         torch.set_num_threads(1)
         try:
-            with torch.no_grad():
+            with torch.inference_mode(inference), torch.no_grad():  # torch keeps these for each thread
                 work = worker()
                 for item in take():
                     work(item)

@@ -2,7 +2,7 @@
 
 Draw an uplink (`UplinkScenario`), choose a jammer (`worst_case_covariance`, `strongest_user_covariance`,
 `barrage_covariance`), choose a receiver (`sic`, `lmmse`), and send any mapping of name -> tensor over it: by the
-Gaussian model of the link (`transmit`), or symbol by symbol (`transmit_symbols`).
+Gaussian model of the link (`transmit`, or `transmit_sum` for the sum alone), or symbol by symbol (`transmit_symbols`).
 
 What the base station can do about it on this layer: learn the noise (`covariance_of`, `estimated_covariance`,
 `power_only_covariance`), combine blocks (`stack_blocks`, `repeat_block`), null directions (`null_directions`), control
@@ -32,6 +32,7 @@ from .scheduling import scheduled
 from .sionna import ldpc_decode, ldpc_encode, sionna_uplink
 from .symbols import transmit_symbols
 from .transmit import transmit
+from .transmit_sum import transmit_sum
 from .uplink import Uplink
 from .worst_case import WorstCase, worst_case, worst_case_covariance, worst_case_rate
 
@@ -71,6 +72,7 @@ __all__ = [
     "sum_rate",
     "symbol_error_rate",
     "transmit",
+    "transmit_sum",
     "transmit_symbols",
     "uma",
     "umi",

@@ -25,7 +25,31 @@ class Link:
     blocks: int
     gain: list[list[Tensor | None]]
     factor: list[list[list[Weight]]]
+    root: Tensor  # (blocks, Q, Q) the same weights as matrices, without gradient
     differentiable: bool
+
+    @property
+    def independent(self) -> bool:
+        """Whether every user's noise is made of its own stream alone."""
+        return all(
+            weight is None or q == stream
+            for rows in self.factor
+            for q, row in enumerate(rows)
+            for stream, weight in enumerate(row)
+        )
+
+
+def is_followed(tensor: Tensor) -> bool:
+    """Whether autograd follows a tensor, backwards or forwards."""
+    backwards = torch.is_grad_enabled() and tensor.requires_grad
+    return backwards or torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def checked_estimator(estimator: str) -> str:
+    """Raise unless there is such an estimator."""
+    if estimator not in ESTIMATORS:
+        raise InputError(f"estimator: expected one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}")
+    return estimator
 
 
 def link_of(reception: Reception | ArrayLike, users: int, estimator: str) -> Link:
@@ -34,9 +58,12 @@ def link_of(reception: Reception | ArrayLike, users: int, estimator: str) -> Lin
         gain, noise = _from_reception(reception, users, estimator)
     else:
         gain, noise = _from_mse(reception, users, estimator)
+    if gain is not None:
+        gain = gain.cpu()  # as the weights: single numbers, which go with vectors on any device
     gains = [[None if gain is None else gain[b, q] for q in range(users)] for b in range(noise.shape[0])]
-    differentiable = torch.is_grad_enabled() and noise.requires_grad
-    return Link(noise.shape[0], gains, _weights(_factor(noise)), differentiable)
+    differentiable = is_followed(noise) or (gain is not None and is_followed(gain))
+    factor = _factor(noise).cpu()
+    return Link(noise.shape[0], gains, _weights(factor), factor.detach(), differentiable)
 
 
 def _from_mse(mse: ArrayLike, users: int, estimator: str) -> tuple[Tensor | None, Tensor]:
@@ -123,5 +150,4 @@ def _weights(factor: Tensor) -> list[list[list[Weight]]]:
             return entry, None
         return entry.real, (None if bool(entry.detach().imag == 0) else entry.imag)
 
-    factor = factor.cpu()
     return [[[weight(entry) for entry in row] for row in block] for block in factor]

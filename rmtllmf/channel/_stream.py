@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
 from itertools import accumulate
@@ -53,9 +53,21 @@ class Stream:
         """Of the first entry."""
         return self.vectors[0][self.keys[0]].device
 
+    def start_of(self, key: str) -> int:
+        """Position of a tensor's first coefficient."""
+        return self.starts[bisect_left(self.keys, key)]
+
+    def sent(self) -> Iterator[Tensor]:
+        """All tensors of all vectors that go over the air."""
+        return (vector[key] for vector in self.vectors for key in self.keys)
+
     def flat(self) -> list[dict[str, Tensor]]:
         """Every vector's entries as one-dimensional tensors; copies only where memory is not contiguous."""
         return [{key: vector[key].reshape(-1) for key in self.keys} for vector in self.vectors]
+
+    def place(self, part: Tensor, out: Tensor | None) -> Tensor:
+        """Where a result like the flat `part` is written: into `out` if that is flat, else into fresh memory."""
+        return torch.empty_like(part) if out is None or not out.is_contiguous() else out.view(-1)
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[str, slice, slice]]:
         """(key, slice of that tensor, slice of [start, stop)) for every tensor that [start, stop) touches."""
@@ -67,20 +79,46 @@ class Stream:
             if end >= stop:
                 return
 
-    def rebuilt(self, flat: Sequence[Mapping[str, Tensor]], *, every_dtype: bool = False) -> list[Any]:
-        """The received entries in the form of the vectors: a TaskVector through its own ``map``, else a dict."""
+    def rebuilt(
+        self,
+        flat: Sequence[Mapping[str, Tensor]],
+        *,
+        every_dtype: bool = False,
+        out: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> list[Any]:
+        """The received entries in the form of the vectors, in the memory of `out` if there is any."""
         result: list[Any] = []
-        for index, (given, vector, parts) in enumerate(zip(self.given, self.vectors, flat, strict=True)):
-            bent = {key: parts[key].view(vector[key].shape) for key in self.keys}
-            for key, tensor in bent.items():
+        for index, parts in enumerate(flat):
+            for key in self.keys:
+                tensor = parts[key]
                 if (every_dtype or tensor.dtype.itemsize < 4) and not all_finite(tensor):
                     raise NonFiniteError(f"vectors[{index}][{key!r}]: the received values overflow {tensor.dtype}")
-            bent.update({key: bent[original] for key, original in self.alias.items()})
-            if hasattr(given, "map"):
-                result.append(given.map(lambda key, tensor, bent=bent: bent[key]))
-            else:
-                result.append({key: bent[key] if key in bent else vector[key].clone() for key in vector})
+            result.append(self.formed(index, parts, None if out is None else out[index]))
         return result
+
+    def formed(self, index: int, parts: Mapping[str, Tensor], out: Mapping[str, Tensor] | None = None) -> Any:
+        """Flat entries in the form of the vector `index`: a TaskVector through its own ``map``, else a dict.
+
+        Ties stay ties, what is not sent is copied. With `out` everything ends there.
+        """
+        given, vector = self.given[index], self.vectors[index]
+        bent = {key: parts[key].view(vector[key].shape) for key in self.keys}
+        if out is not None:
+            bent = {key: settled(out[key], tensor) for key, tensor in bent.items()}
+        for key, original in self.alias.items():
+            bent[key] = bent[original] if out is None else settled(out[key], bent[original])
+        if hasattr(given, "map"):
+            return given.map(lambda key, tensor: bent[key])
+        for key in vector:
+            if key not in bent:
+                bent[key] = vector[key].clone() if out is None else settled(out[key], vector[key])
+        return {key: bent[key] for key in vector}
+
+
+def settled(place: Tensor, value: Tensor) -> Tensor:
+    """`place`, holding `value`: copied unless it is that memory already."""
+    same = place.data_ptr() == value.data_ptr() and place.stride() == value.stride()
+    return place if same else place.copy_(value)
 
 
 def fading_parts(start: int, stop: int, total: int, blocks: int) -> Iterator[tuple[int, int, int]]:

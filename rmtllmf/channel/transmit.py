@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,15 +11,19 @@ from torch import Tensor
 from .._arrays import ArrayLike
 from .._random import Seed, reseed, seed_number
 from .._state import Tensors
+from .._threads import share_out
 from ..errors import InputError
-from ._link import ESTIMATORS, Link, link_of
-from ._scale import scales
+from ._link import Link, checked_estimator, is_followed, link_of
+from ._memory import checked_out
+from ._noise import CHUNK, Noise
+from ._scale import scales_of
 from ._stream import Stream, check_blocks, fading_parts
 from .receivers import Reception
 
 __all__ = ["transmit"]
 
-_CHUNK = 1 << 16  # coefficients per chunk of noise: even, so that a symbol never spans two, and small enough for cache
+Flat: TypeAlias = Sequence[Mapping[str, Tensor]]
+Scales: TypeAlias = Sequence[Mapping[str, float]]
 
 
 def transmit(
@@ -29,6 +33,7 @@ def transmit(
     seed: Seed,
     estimator: str = "additive",
     scale: str | float = "rms",
+    out: Sequence[Tensors] | None = None,
 ) -> list[Any]:
     r"""What the base station holds after every user has sent its task vector.
 
@@ -58,16 +63,20 @@ def transmit(
         estimator: "additive" (the paper), "mmse" or "unbiased".
         scale: what a coefficient is divided by: "rms" or "peak" (largest magnitude, as a min-max quantiser does) of
             the user's whole vector, "tensor_rms" or "tensor_peak" of each of its tensors, or a number for all.
+        out: Q mappings of name -> tensor with the names, shapes and dtypes of the vectors, that are written to and that
+            the result is made of: no fresh memory is needed. Must not share memory with the vectors; after an error it
+            may hold anything.
 
     Returns:
         A list of Q: a `TaskVector` where one was given, else a dict; same dtypes and devices. Sums and noise are in
-        float32, in float64 for float64 entries.
+        float32, in float64 for float64 entries. Gradients reach the vectors and the reception, without `out`.
 
     Raises:
         InputError: no vectors, an all-zero vector (tensor) to normalise, unknown `estimator` or `scale`, an MSE
             outside what the estimator allows ("additive": at least 0; "mmse": 0 to 1; "unbiased": 0 to below 1),
-            more blocks than symbols. ShapeError: the reception is not for Q users. StateMismatchError: keys or
-            shapes disagree. NonFiniteError: NaN or infinity. NotPSDError: an error covariance that is none.
+            more blocks than symbols, an `out` that shares memory or is asked for gradients. ShapeError: the reception
+            is not for Q users. StateMismatchError: keys, shapes or (of `out`) dtypes disagree. NonFiniteError: NaN or
+            infinity. NotPSDError: an error covariance that is none.
 
     Note:
         torch's float32 normal generator never exceeds 5.77 standard deviations. Use float64 vectors for tails.
@@ -83,28 +92,79 @@ def transmit(
         (20, 10)
     """
     stream = Stream.of(vectors)
-    if estimator not in ESTIMATORS:
-        raise InputError(f"estimator: expected one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}")
-    link = link_of(reception, len(stream.vectors), estimator)
-    scale_of = [scales(vector, stream.keys, scale, f"vectors[{q}]") for q, vector in enumerate(stream.vectors)]
-    check_blocks(link.blocks, (stream.length + 1) // 2, "reception")
-    return stream.rebuilt(_bend(stream, link, scale_of, seed_number(seed)))
-
-
-def _bend(stream: Stream, link: Link, scale_of: Sequence[Mapping[str, float]], seed: int) -> list[dict[str, Tensor]]:
-    users, symbols, dtype = len(stream.vectors), (stream.length + 1) // 2, stream.dtype
+    link = link_of(reception, len(stream.vectors), checked_estimator(estimator))
+    names = [f"vectors[{q}]" for q in range(len(stream.vectors))]
+    traced = link.differentiable or any(map(is_followed, stream.sent()))
+    if out is not None and traced:
+        raise InputError("out: memory that is written again has no gradient; leave it out, or use torch.no_grad()")
+    places = None if out is None else checked_out(out, stream)
     flat = stream.flat()
-    out = [{key: torch.empty_like(part) for key, part in parts.items()} for parts in flat]
+    scale_of = scales_of(stream.vectors, flat, stream.keys, scale, names)
+    check_blocks(link.blocks, (stream.length + 1) // 2, "reception")
+    number = seed_number(seed)
+    if traced:
+        return stream.rebuilt(_traced(stream, flat, link, scale_of, number))
+    into = [
+        {key: stream.place(part, None if places is None else places[q][key]) for key, part in parts.items()}
+        for q, parts in enumerate(flat)
+    ]
+    _bend(stream, flat, link, scale_of, number, into)
+    return stream.rebuilt(into, out=places)
+
+
+def _bend(stream: Stream, flat: Flat, link: Link, scale_of: Scales, seed: int, into: Flat) -> None:
+    """Write what is received into `into`: chunks of single users where errors are independent, else of all users."""
+    users, symbols, dtype = len(flat), (stream.length + 1) // 2, stream.dtype
+    everyone = [range(q, q + 1) for q in range(users)] if link.independent else [range(users)]
+    items = [(some, start) for some in everyone for start in range(0, stream.length, CHUNK)]
+
+    def worker() -> Callable[[tuple[range, int]], None]:
+        noise = Noise(seed, dtype, stream.device)
+
+        def work(item: tuple[range, int]) -> None:
+            some, start = item
+            stop = min(start + CHUNK, stream.length)
+            white = {q: noise.white(q, start, stop) for q in some}
+            for block, first, end in fading_parts(start // 2, (stop + 1) // 2, symbols, link.blocks):
+                low, high = 2 * first, min(2 * end, stop)
+                for q in some:
+                    weights = [link.factor[block][q][j] for j in some]
+                    error = noise.mixed(weights, list(white.values()), low - start, high - start)
+                    for key, where, cut in stream.pieces(low, high):
+                        scaled = None if error is None else error[cut].mul_(scale_of[q][key])
+                        _received(flat[q][key][where], link.gain[block][q], scaled, into[q][key][where], dtype)
+
+        return work
+
+    small = users * stream.length <= CHUNK  # not worth a thread
+    share_out(worker, items, alone=small or stream.device.type != "cpu")
+
+
+def _received(sent: Tensor, gain: Tensor | None, error: Tensor | None, into: Tensor, dtype: torch.dtype) -> None:
+    """Into `into`: gain * sent + error, in `dtype`. What it finds in `error` is lost."""
+    sent = sent.detach().to(dtype)
+    if gain is not None:
+        sent = sent * gain.to(dtype)
+    if error is None:
+        into.copy_(sent)
+    elif into.dtype == dtype:
+        torch.add(sent, error, out=into)
+    else:
+        into.copy_(error.add_(sent))
+
+
+def _traced(stream: Stream, flat: Flat, link: Link, scale_of: Scales, seed: int) -> list[dict[str, Tensor]]:
+    """The same bits in fresh memory, by operations that autograd follows."""
+    users, symbols, dtype = len(flat), (stream.length + 1) // 2, stream.dtype
+    into = [{key: torch.empty_like(part) for key, part in parts.items()} for parts in flat]
     source = torch.Generator(device=stream.device)
-    buffers = [torch.empty(_CHUNK, dtype=dtype, device=stream.device) for _ in range(users)]
-    for start in range(0, stream.length, _CHUNK):
-        stop = min(start + _CHUNK, stream.length)
-        if link.differentiable:  # autograd needs the noise again
-            buffers = [torch.empty_like(buffer) for buffer in buffers]
-        white = [buffer[: stop - start + (stop - start) % 2] for buffer in buffers]
-        for q, part in enumerate(white):
-            reseed(source, seed, q, start // _CHUNK)
-            part.normal_(generator=source)
+    for start in range(0, stream.length, CHUNK):
+        stop = min(start + CHUNK, stream.length)
+        white = []  # kept for the backward pass
+        for q in range(users):
+            reseed(source, seed, q, start // CHUNK)
+            length = stop - start + (stop - start) % 2
+            white.append(torch.empty(length, dtype=dtype, device=stream.device).normal_(generator=source))
         for block, first, end in fading_parts(start // 2, (stop + 1) // 2, symbols, link.blocks):
             low, high = 2 * first, min(2 * end, stop)
             noise = [_mixed(link, block, q, white, low - start, high - start) for q in range(users)]
@@ -116,8 +176,8 @@ def _bend(stream: Stream, link: Link, scale_of: Sequence[Mapping[str, float]], s
                         kept = kept * gain.to(dtype)
                     if error is not None:
                         kept = kept + error[cut] * scale_of[q][key]
-                    out[q][key][where] = kept
-    return out
+                    into[q][key][where] = kept
+    return into
 
 
 def _mixed(link: Link, block: int, q: int, streams: Sequence[Tensor], low: int, high: int) -> Tensor | None:

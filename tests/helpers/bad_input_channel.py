@@ -16,6 +16,7 @@ from rmtllmf.channel import (
     strongest_user_covariance,
     sum_rate,
     transmit,
+    transmit_sum,
     worst_case,
     worst_case_covariance,
 )
@@ -116,12 +117,127 @@ def every_receiver():
         ]
 
 
+def every_out():
+    """What `transmit` and `transmit_sum` cannot write to."""
+    F, W = {"w": torch.tensor([1.0, 2.0], requires_grad=True)}, torch.tensor([1.0, 2.0])
+    pair = [{"w": W}, {"w": W + 1}]
+    for name, argument, call in (
+        ("transmit", r"out\[1\]", lambda place, v=pair, mse=0.1: transmit(v, mse, seed=0, out=[{"w": W * 0}, place])),
+        ("transmit_sum", "out", lambda place, v=pair, mse=0.1: transmit_sum(v, mse, seed=0, out=place)),
+    ):
+        yield from [
+            (f"{name} out: a number", lambda c=call: c(3), TypeError, f"{argument}: .*mapping.*int"),
+            (f"{name} out: less", lambda c=call: c({}), StateMismatchError, f"{argument} lacks 'w'"),
+            (f"{name} out: more", lambda c=call: c({"w": W * 0, "v": W}), StateMismatchError, "unexpected 'v'"),
+            (f"{name} out: no tensor", lambda c=call: c({"w": [0.0]}), TypeError, rf"{argument}\['w'\]: .*list"),
+            (
+                f"{name} out: shape",
+                lambda c=call: c({"w": torch.ones(3)}),
+                StateMismatchError,
+                r"\['w'\] has shape \(3",
+            ),
+            (
+                f"{name} out: dtype",
+                lambda c=call: c({"w": W.double()}),
+                StateMismatchError,
+                r"\['w'\] is torch.float64",
+            ),
+            (
+                f"{name} out: a vector",
+                lambda c=call: c({"w": W}),
+                InputError,
+                rf"{argument}\['w'\] shares memory with vectors\[0\]\['w'\]",
+            ),
+            (
+                f"{name} out: expanded",
+                lambda c=call: c({"w": torch.zeros(1).expand(2)}),
+                InputError,
+                rf"{argument}\['w'\]: is an expanded view",
+            ),
+            (f"{name} out: with gradient", lambda c=call: c(F), InputError, rf"{argument}\['w'\]: requires a grad"),
+            (
+                f"{name} out: gradient of a vector",
+                lambda c=call: c({"w": W * 0}, v=[F, V]),
+                InputError,
+                "gradient.*torch.no_grad",
+            ),
+            (
+                f"{name} out: gradient of the errors",
+                lambda c=call: c({"w": W * 0}, mse=torch.tensor(0.1, requires_grad=True)),
+                InputError,
+                "gradient.*torch.no_grad",
+            ),
+        ]
+    yield from [
+        ("transmit out: a mapping", lambda: transmit(pair, 0.1, seed=0, out={"w": W}), TypeError, "out: .*list.*dict"),
+        ("transmit out: one", lambda: transmit(pair, 0.1, seed=0, out=[{"w": W * 0}]), InputError, "out: .*2.*got 1"),
+        (
+            "transmit out: one for two",
+            lambda: transmit(pair, 0.1, seed=0, out=[{"w": (same := W * 0)}, {"w": same}]),
+            InputError,
+            r"out\[.\]\['w'\] shares memory with out\[.\]\['w'\]",
+        ),
+    ]
+
+
+def every_sum():
+    """The mistakes that `transmit_sum` can be asked to make."""
+    pair, one = [V, V], [V]
+    yield from [
+        ("sum: few weights", lambda: transmit_sum(pair, 0.1, seed=0, weights=[1.0]), ShapeError, "weights: .*2.*got 1"),
+        ("sum: one weight", lambda: transmit_sum(pair, 0.1, seed=0, weights=1.0), TypeError, "weights: .*2 .*float"),
+        ("sum: text", lambda: transmit_sum(pair, 0.1, seed=0, weights="12"), TypeError, "weights: .*str"),
+        (
+            "sum: NaN weight",
+            lambda: transmit_sum(pair, 0.1, seed=0, weights=[1, NAN]),
+            InputError,
+            r"weights\[1\]: .*nan",
+        ),
+        (
+            "sum: weights with gradient",
+            lambda: transmit_sum(one, 0.1, seed=0, weights=torch.ones(1, requires_grad=True)),
+            InputError,
+            "weights: gradients",
+        ),
+        ("sum: none", lambda: transmit_sum([], 0.1, seed=0), InputError, "vectors: expected at least one"),
+        ("sum: estimator", lambda: transmit_sum(one, 0.1, seed=0, estimator="ml"), InputError, "estimator: .*'ml'"),
+        ("sum: scale", lambda: transmit_sum(one, 0.1, seed=0, scale="max"), InputError, "scale: .*'max'"),
+        ("sum: seed", lambda: transmit_sum(one, 0.1, seed=None), TypeError, "seed: "),
+        ("sum: users", lambda: transmit_sum(one, [0.1, 0.2], seed=0), ShapeError, r"mse: .*got \(2,\)"),
+        ("sum: blocks", lambda: transmit_sum(one, np.ones((2, 1)), seed=0), InputError, "2 blocks .* 1 symbols"),
+        *[
+            (
+                f"sum: {value}, {scale}",
+                lambda value=value, scale=scale: transmit_sum(
+                    [V, {"w": torch.tensor([1.0, value])}], 0.1, seed=0, scale=scale
+                ),
+                NonFiniteError,
+                r"vectors\[1\]\['w'\] holds NaN or infinity",
+            )
+            for value in (NAN, INF)
+            for scale in ("rms", "peak", "tensor_rms", 1.0)
+        ],
+        (
+            "sum: all zero",
+            lambda: transmit_sum([V, {"w": torch.zeros(2)}], 0.1, seed=0),
+            InputError,
+            r"vectors\[1\] is all zero",
+        ),
+    ]
+
+
 BIG = TaskVector({"w": torch.tensor([3e38])})
 
 
 CASES = [
     ("H: ragged", lambda: worst_case([[1j], [1j, 2j]], 1.0, 1.0), ShapeError, "H: .*rows of equal length"),
     ("P: ragged", lambda: worst_case(H, [[1.0], [1.0, 2.0]], 1.0), ShapeError, "P: .*rows of equal length"),
+    (
+        "P: listed leaves",
+        lambda: worst_case(H, [torch.ones((), requires_grad=True)] * 2, 1.0),
+        TypeError,
+        r"P: expected numbers \(.*requires grad",
+    ),
     ("scenario: placement number", lambda: UplinkScenario(placement=5.0), TypeError, "placement: .*float"),
     ("scenario: noise figure", lambda: UplinkScenario(noise_figure=4000.0), InputError, "noise_figure: "),
     ("scenario: power flag", lambda: UplinkScenario(power=np.True_), TypeError, "power: .*bool"),
@@ -190,6 +306,8 @@ CASES = [
     ("imperfect: real H", lambda: imperfect_channel(H.real, 0.1, seed=0), TypeError, "H: expected complex"),
     *every_jammer(),
     *every_receiver(),
+    *every_out(),
+    *every_sum(),
     ("worst_case: negative noise", lambda: worst_case(H, 1.0, 1.0, noise=-1e-3), InputError, "noise: .*-0.001"),
     ("worst_case: NaN noise", lambda: worst_case(H, 1.0, 1.0, noise=NAN), NonFiniteError, "noise: "),
     ("barrage: real H", lambda: barrage_covariance(H.real, 1.0), TypeError, "H: expected complex"),
