@@ -113,6 +113,8 @@ def _as_array(value: object, argument: str) -> NDArray[Any]:
         array = np.asarray(value)
     except ValueError as error:
         raise ShapeError(f"{argument}: expected numbers in rows of equal length ({error})") from None
+    except (TypeError, RuntimeError) as error:  # tensors in a list, on a device or with gradients
+        raise TypeError(f"{argument}: expected numbers ({error})") from None
     if array.dtype == object:
         raise TypeError(f"{argument}: expected numbers, got {type(value).__name__} of objects")
     return array

@@ -46,7 +46,7 @@ class Point(NamedTuple):
     slack: Tensor  # (Q,) of 1/gamma_q >= tau
     weight: Tensor  # (Q,) its multiplier
     level: Tensor  # () multiplier of the trace
-    pace: Tensor  # () how far of the way the last step went
+    pace: Tensor  # () share of the planned way that the last step went
 
 
 class Received(NamedTuple):

@@ -28,9 +28,13 @@ def checked_out(out: object, inputs: Inputs, shape: tuple[int, ...], **given: ob
         raise TypeError(f"out: expected {dtype}, the precision of H, got {target.dtype}")
     if tuple(target.shape) != shape:
         raise ShapeError(f"out: expected the shape of the result, {shape}, got {tuple(target.shape)}")
-    strides = zip(target.shape, target.stride(), strict=True)
-    if target.numel() and any(length > 1 and stride == 0 for length, stride in strides):
-        raise InputError("out: is an expanded view, whose entries share memory; expected memory for every entry")
+    if _shares_entries(target):
+        raise InputError("out: is a view whose entries share memory; expected memory for every entry")
+    if target.data_ptr() % target.element_size():  # torch would take the process down
+        raise InputError(
+            f"out: starts {target.data_ptr() % target.element_size()} bytes off the multiples of its entries' size; "
+            "expected aligned memory, as from numpy.empty or torch.empty"
+        )
     low, high = _extent(target)
     for name, value in given.items():
         if isinstance(value, np.ndarray) or (isinstance(value, Tensor) and value.device == target.device):
@@ -76,7 +80,21 @@ def _array(out: object) -> Tensor:
 def _tensor(out: object) -> Tensor:
     if not isinstance(out, Tensor):
         raise TypeError(f"out: expected a tensor, like the inputs, got {type(out).__name__}")
+    if out.layout != torch.strided:
+        raise TypeError(f"out: expected a dense tensor, got layout {out.layout}")
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        raise InputError("out: was made in torch.inference_mode(), and can be written to only there")
     return out
+
+
+def _shares_entries(target: Tensor) -> bool:
+    """Whether steps along one dimension may end where smaller steps along others do: expanded or sliding views."""
+    reach = 0
+    for stride, length in sorted(zip(target.stride(), target.shape, strict=True)):
+        if length > 1 and stride <= reach:
+            return target.numel() > 0
+        reach += (length - 1) * stride
+    return False
 
 
 def _extent(value: Tensor | NDArray[np.generic]) -> tuple[int, int]:

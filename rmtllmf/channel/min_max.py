@@ -45,12 +45,17 @@ def min_max_rate_covariance(
 
     Returns:
         (..., N_R, N_R) complex: Hermitian positive semidefinite, of trace `P_N`; its largest rate is within 2e-9 of
-        the optimum (nats). Carries no gradient.
+        the optimum (nats, before it is rounded to the precision of `H`). Carries no gradient.
 
     Raises:
         TypeError: `H` is real. ShapeError: shapes do not fit. InputError: a negative or non-finite power, or a wrong
-            `order`. ConvergenceError: that accuracy was not reached, which takes users
-            received 120 dB or more above both jammer and floor.
+            `order`. ConvergenceError: that accuracy was not reached, as the rounding of `C` alone may change rates by
+            more. It takes users received 120 dB or more above both jammer and floor; or 50 dB or more apart without a
+            floor (one of `P_N` times 1e-6 is enough); or powers 150 orders of magnitude apart.
+
+    Note:
+        A draw takes milliseconds for 8 users, and seconds for 32 on as many antennas: the equations that are solved in
+        each of about ten steps have the square of the smaller of the two numbers as unknowns.
 
     Source: R-MTLLMF (P2). S. Boyd and L. Vandenberghe, "Convex Optimization", 2004, sections 5.5 and 11.8;
         S. Mehrotra, 1992, and C. Helmberg et al., 1996, for the steps.
@@ -102,7 +107,8 @@ def _solve(B: Tensor, P_N: Tensor, s2: Tensor) -> Tensor:
     if bool(failed.any()):
         raise ConvergenceError(
             f"min_max_rate_covariance: no convergence for {int(failed.sum())} of {len(failed)} batch items, the "
-            f"largest SINR is certain to {float(gap.max()):.0e}; are users received 120 dB above jammer and floor?"
+            f"largest SINR is certain to {float(gap.max()):.0e}; are users received 120 dB above jammer and floor, or "
+            "50 dB apart without a floor?"
         )
     half = U @ root * P_N.sqrt()[:, None, None]
     return half @ half.mH

@@ -167,7 +167,7 @@ def worst_case_covariance(
 
 
 def worst_case_rate(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike = 0.0) -> Any:
-    r"""The sum rate that is left under the worst-case noise, without the covariance: half the work of `worst_case`.
+    r"""The sum rate left under the worst-case noise, without the covariance: about half the work of `worst_case`.
 
     .. math:: \min_{C \succeq 0,\ \mathrm{tr}\, C \le P_N} \log\det\bigl(I + H P H^H (C + \sigma^2 I)^{-1}\bigr)
 

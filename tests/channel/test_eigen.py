@@ -101,9 +101,9 @@ def test_kinds_are_measured_one_by_one():
 @pytest.mark.parametrize(("size", "most"), [(1, 2048), (8, 2048), (32, 1024), (48, 455), (100, 256)])
 def test_samples_are_bounded(size, most):
     clock, device, cpu = pair(1.0, 2.0)
-    batch = torch.eye(size, dtype=torch.complex128).expand(2500, size, size)
+    batch = torch.eye(size, dtype=torch.complex128).expand(most + 10, size, size)
     _eigen.solve(batch, device, cpu, {}, "eigh", clock)
-    assert device.batches == [most] * 3 + [2500]
+    assert device.batches == [most] * 3 + [most + 10]
     assert cpu.batches == [most] * 3
 
 

@@ -3,6 +3,7 @@
 import mpmath
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import nnls
@@ -37,13 +38,11 @@ def test_no_covariance_does_more_harm_to_the_best_served_user():
     H, P, floor = complex_normal(rng, 4, 3), np.array([1.0, 0.6, 0.8]), 0.1 * np.eye(4)
     best = min_max_rate_covariance(H, P, 2.0, noise=0.1)
     largest = sic(H, P, best + floor).rate.max()
-    rates = []
-    for k in range(2000):
-        share = 10 ** rng.uniform(-6, 0) if k % 2 else 1.0
-        C = (1 - share) * best + share * 2.0 * random_covariance(rng, 4)
-        rates.append(sic(H, P, C + floor).rate.max())
-    assert min(rates) >= largest - 1e-9
-    assert min(rates) < largest + 1e-3
+    share = np.where(np.arange(2000) % 2, 10 ** rng.uniform(-6, 0, 2000), 1.0)[:, None, None]
+    others = np.stack([random_covariance(rng, 4) for _ in share])
+    rates = sic(H, P, (1 - share) * best + share * 2.0 * others + floor).rate.max(-1)
+    assert rates.min() >= largest - 1e-9
+    assert rates.min() < largest + 1e-3
 
 
 def test_it_equalises_rates_where_the_papers_attack_does_not():
@@ -63,6 +62,47 @@ def test_it_equalises_rates_where_the_papers_attack_does_not():
     assert np.all(rates["min-max"].max(-1) < rates["sum"].max(-1))
     # but the sum is lowest under the worst case for the sum
     assert np.all(rates["sum"].sum(-1) < rates["min-max"].sum(-1))
+
+
+def test_every_draw_has_its_own_powers_noise_and_order():
+    """In one batch, broadcast over another dimension; silent users and jammers in it; against the convex solver."""
+    rng = np.random.default_rng(4)
+    H, P = complex_normal(rng, 3, 3, 2), rng.uniform(0.2, 2.0, (3, 2))
+    P[0, 1] = 0.0
+    P_N, noise = np.array([[1.0], [0.0]]), rng.uniform(0.1, 1.0, 3)
+    order = np.array([[0, 1], [1, 0], [1, 0]])
+    C = min_max_rate_covariance(H, P, P_N, noise=noise, order=order)
+    assert C.shape == (2, 3, 3, 3)
+    assert not C[1].any()
+    rates = sic(H, P, C[0] + noise[:, None, None] * np.eye(3), order=order).rate.max(-1)
+    expected = [min_max_rate_by_cvxpy(H[k], P[k], 1.0, noise[k], order[k]) for k in range(3)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-6])
+def test_users_far_apart_need_a_floor(floor):
+    """Without one, the optimum is singular to rounding: an error that says so; with very little, there is none."""
+    rng = np.random.default_rng(5)
+    H = complex_normal(rng, 8, 6, 6)
+    if floor == 0.0:
+        with pytest.raises(ConvergenceError, match="50 dB apart without a floor"):
+            min_max_rate_covariance(H, np.logspace(-9, 0, 6), 1.0)
+    else:
+        C = min_max_rate_covariance(H, np.logspace(-9, 0, 6), 1.0, noise=floor)
+        rates = sic(H, np.logspace(-9, 0, 6), C + floor * np.eye(6)).rate
+        assert np.isfinite(rates).all()
+
+
+def test_single_precision_and_tensors():
+    H = complex_normal(np.random.default_rng(6), 2, 3, 2)
+    C = min_max_rate_covariance(H, 1.0, 2.0, noise=0.1)
+    single = min_max_rate_covariance(H.astype(np.complex64), 1.0, 2.0, noise=0.1)
+    assert single.dtype == np.complex64
+    np.testing.assert_allclose(single, C, atol=1e-6)
+    leaf = torch.from_numpy(H).requires_grad_()
+    tensor = min_max_rate_covariance(leaf, 1.0, 2.0, noise=0.1)
+    assert not tensor.requires_grad  # as documented
+    np.testing.assert_allclose(tensor, C, atol=1e-12)
 
 
 def test_limits_scales_and_order():
@@ -104,24 +144,6 @@ def test_a_jammer_with_a_wrong_channel_does_less_harm():
     assert np.all(rates[1] >= rates[0] * (1 - 1e-12))
 
 
-@pytest.mark.parametrize("jammer", [1.0, 100.0])
-@pytest.mark.parametrize("snr_db", [0, 20, 40, 50])
-def test_it_converges_over_the_whole_range_of_powers(snr_db, jammer):
-    """Signal far above jammer and floor: the last digits of the rates are all that is left to minimise."""
-    H = complex_normal(np.random.default_rng(snr_db), 6, 6, 4)
-    noise = 10 ** (-snr_db / 10)
-    C = min_max_rate_covariance(H, 1.0, jammer * noise, noise=noise)
-    rates = sic(H, 1.0, C + noise * np.eye(6)).rate
-    largest = rates.max(-1)
-    assert np.isfinite(largest).all()
-    # a step towards any other covariance does not help, so this is the minimum of a convex function
-    rng = np.random.default_rng(1)
-    for _ in range(30):
-        for share in (1e-4, 1e-2):
-            other = (1 - share) * C + share * jammer * noise * random_covariance(rng, 6)
-            assert np.all(sic(H, 1.0, other + noise * np.eye(6)).rate.max(-1) >= largest - 1e-8)
-
-
 def test_the_papers_uplink_with_a_weak_jammer():
     up = UplinkScenario().draw(4, seed=0, numpy=True)
     C = min_max_rate_covariance(up.H, up.P, up.noise, noise=up.noise)
@@ -145,7 +167,7 @@ def optimality(H, P, P_N, noise, C):
         X = mpmath.matrix(C.tolist()) + float(noise) * mpmath.eye(len(C))
         for q in order[::-1]:
             b = mpmath.matrix(B[:, q].tolist())
-            v = mpmath.inverse(X) * b
+            v = mpmath.lu_solve(X, b)
             sinr = mpmath.re((b.H * v)[0])
             outer = v * v.H / sinr**2
             gradients.append(P_N * np.array(outer.tolist(), complex))
@@ -165,37 +187,40 @@ def optimality(H, P, P_N, noise, C):
     return bound - 1
 
 
-@pytest.mark.parametrize("jammer", [1.0, 124.0])
-@pytest.mark.parametrize("floor", [0.0, 1.0])
 @pytest.mark.parametrize("shape", [(16, 8), (4, 2), (3, 4), (4, 1), "orthogonal", "identical"], ids=str)
-@pytest.mark.parametrize("snr_db", [0, 60, 80, 100])
-def test_it_is_optimal_however_far_users_are_above_jammer_and_floor(snr_db, shape, floor, jammer):
+@pytest.mark.parametrize("snr_db", [0, 40, 80, 100])
+def test_it_is_optimal_however_far_users_are_above_jammer_and_floor(snr_db, shape):
     """The saddle point: equal SINRs of those whose weight is positive, weights that sum to 1, stationarity in C."""
     antennas, users = (8, 4) if isinstance(shape, str) else shape
-    up = UplinkScenario(num_users=users, num_antennas=antennas).draw(2, seed=snr_db, numpy=True)
+    draws = 1 if users > 4 else 2
+    up = UplinkScenario(num_users=users, num_antennas=antennas).draw(draws, seed=snr_db, numpy=True)
     H = up.H
     if shape == "orthogonal":
         H = np.linalg.qr(H)[0] * np.linalg.norm(H, axis=-2, keepdims=True)
     if shape == "identical":
         H = np.repeat(H[..., :1], users, axis=-1)
     thermal = 10 ** (-snr_db / 10) * (np.abs(H) ** 2 * up.P[:, None, :]).mean((-2, -1))
-    C = min_max_rate_covariance(H, up.P, jammer * thermal, noise=floor * thermal)
-    np.testing.assert_allclose(np.trace(C, axis1=1, axis2=2).real, jammer * thermal, rtol=1e-12)
-    for k in range(1 if users > 4 else 2):
-        gap = optimality(H[k], up.P[k], jammer * thermal[k], floor * thermal[k], C[k])
+    jammer, floor = np.broadcast_arrays(np.array([[1.0], [124.0]]), np.array([0.0, 1.0]))
+    P_N, noise = (factor[..., None] * thermal for factor in (jammer, floor))
+    C = min_max_rate_covariance(H, up.P, P_N, noise=noise)
+    np.testing.assert_allclose(np.trace(C, axis1=-2, axis2=-1).real, P_N, rtol=1e-12)
+    for index in np.ndindex(P_N.shape):
+        gap = optimality(H[index[-1]], up.P[index[-1]], P_N[index], noise[index], C[index])
         assert -1e-9 < gap < 2e-8  # the weights, fitted in single steps, are good to less than the covariance is
 
 
 @given(st.integers(0, 10**6))
 def test_it_converges_for_all_shapes_powers_and_noises(seed):
-    """Silent and identical users, powers six orders of magnitude apart, without a floor: never an error."""
+    """Silent and identical users, powers six orders of magnitude apart, two without a floor: never an error."""
     rng = np.random.default_rng(seed)
     antennas, users = rng.integers(1, 7, 2)
-    H, P = complex_normal(rng, antennas, users), 10 ** rng.uniform(-3, 3, users)
+    floor = rng.choice([0.0, 1e-6, 1.0])
+    spread = 3 if floor else 1
+    H, P = complex_normal(rng, antennas, users), 10 ** rng.uniform(-spread, spread, users)
     if users > 1:
         H[:, 0], P[1] = rng.choice([H[:, 0], H[:, 1]]), rng.choice([0.0, 1.0])
     noise = 10 ** rng.uniform(-8, 2)
-    C = min_max_rate_covariance(H, P, noise * 10 ** rng.uniform(-2, 2), noise=noise * rng.choice([0.0, 1e-3, 1.0]))
+    C = min_max_rate_covariance(H, P, noise * 10 ** rng.uniform(-2, 2), noise=noise * floor)
     assert np.linalg.eigvalsh(C)[0] > -1e-15 * np.trace(C).real
 
 

@@ -399,7 +399,19 @@ WRONG_OUT = {
         torch.from_numpy(H_OUT),
         torch.empty(3, 3, dtype=torch.complex128).expand(2, 3, 3),
         InputError,
-        "out: is an expanded",
+        "out: .* entries share memory",
+    ),
+    "sliding": (
+        torch.from_numpy(H_OUT),
+        torch.empty(18, dtype=torch.complex128).as_strided((2, 3, 3), (6, 2, 1)),
+        InputError,
+        "out: .* entries share memory",
+    ),
+    "sparse": (
+        torch.from_numpy(H_OUT),
+        torch.zeros(2, 3, 3, dtype=torch.complex128).to_sparse(),
+        TypeError,
+        "out: expected a dense",
     ),
     "read-only": (H_OUT, np.broadcast_to(np.empty((3, 3), complex), (2, 3, 3)), InputError, "out: is read-only"),
     "backward": (H_OUT, np.empty((2, 3, 3), complex)[::-1], InputError, "out: strides"),
@@ -408,6 +420,18 @@ WRONG_OUT = {
         torch.empty(2, 3, 3, dtype=torch.complex128, device="meta"),
         InputError,
         "out: expected a tensor on cpu.*got one on meta",
+    ),
+    "half an entry off": (
+        H_OUT,
+        np.empty(37)[1:].view(complex).reshape(2, 3, 3),
+        InputError,
+        "out: starts 8 bytes off",
+    ),
+    "a byte off": (
+        H_OUT[0],
+        np.empty(145, np.uint8)[1:].view(complex).reshape(3, 3),
+        InputError,
+        "out: starts . bytes",
     ),
     "in H": (BUFFER[..., 3:], BUFFER[..., :3], InputError, "out: lies in the memory of H"),
     "in H, tensors": (
@@ -457,6 +481,15 @@ def test_out_without_gradient_mode():
         assert worst_case(H, 1.0, 2.0, out=out).covariance is out
     assert not out.requires_grad
     torch.testing.assert_close(out, worst_case_covariance(H, 1.0, 2.0).detach(), rtol=0, atol=0)
+
+
+def test_out_of_inference_mode():
+    H = torch.from_numpy(H_OUT)
+    with torch.inference_mode():
+        out = torch.empty(2, 3, 3, dtype=torch.complex128)
+        assert worst_case(H, 1.0, 2.0, out=out).covariance is out
+    with pytest.raises(InputError, match=r"out: was made in .*inference_mode"):
+        worst_case(H, 1.0, 2.0, out=out)
 
 
 def test_no_draws():
