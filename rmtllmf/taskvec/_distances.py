@@ -1,0 +1,84 @@
+"""Norms of the task vectors and distances between them, over all entries, in one pass and in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from . import _engine
+from ._engine import Fusion, Piece
+
+CHUNK = 1 << 14  # entries: eight vectors and their differences in float64 stay in the cache of a core
+CHUNK_ON_DEVICE = 1 << 20
+
+
+def squared_distances(fusion: Fusion) -> Tensor:
+    r"""``(N, N)`` float64 on the CPU: :math:`\lVert \tau_p - \tau_q \rVert^2` of the weighted vectors.
+
+    From differences, not from inner products: 0 for equal vectors, and as exact for two that are close to each other
+    and far from the origin, or beside a third one that is a million times as long.
+    """
+
+    def look(rows: Tensor) -> Tensor:
+        count = len(rows)
+        found = rows.new_zeros(count, count)
+        space = torch.empty_like(rows)
+        for index in range(count - 1):
+            apart = torch.sub(rows[index + 1 :], rows[index], out=space[index + 1 :])
+            found[index, index + 1 :] = torch.linalg.vecdot(apart, apart)
+        return found
+
+    upper = _summed(fusion, look)
+    return upper + upper.T
+
+
+def gram_around(fusion: Fusion, center: int) -> Tensor:
+    r"""``(N, N)`` float64 on the CPU: inner products of the differences of the weighted vectors from one of them."""
+
+    def look(rows: Tensor) -> Tensor:
+        apart = rows - rows[center]
+        return apart @ apart.T
+
+    return _summed(fusion, look)
+
+
+def squared_norms(fusion: Fusion) -> Tensor:
+    """``(N,)`` float64 on the CPU: the squared norms of the weighted vectors."""
+    return _summed(fusion, lambda rows: torch.linalg.vecdot(rows, rows))
+
+
+def _summed(fusion: Fusion, look: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sum of what `look` finds in ``(N, n)`` chunks.
+
+    The chunks are the same ones, added up in the same order, whatever the threads do and whether a tensor is read in
+    pieces or as a whole: the same bits.
+    """
+    if fusion.differentiable:
+        raise InputError(
+            "vectors: gradients do not flow through distances between vectors; detach them, or call the rule under "
+            "torch.no_grad()"
+        )
+
+    def survey(piece: Piece) -> tuple[str, Tensor]:
+        device = piece.parts[0].device
+        longest = min(CHUNK, _engine.PIECE) if device.type == "cpu" else min(CHUNK_ON_DEVICE, _engine.PIECE_ON_DEVICE)
+        space = torch.empty(len(piece.parts), min(longest, len(piece)), dtype=torch.float64, device=device)
+        found = []
+        for start in range(0, len(piece), longest):
+            rows = space[:, : min(longest, len(piece) - start)]
+            for row, part in zip(rows, piece.parts, strict=True):
+                row.copy_(part[start : start + longest])
+            found.append(look(rows))
+        return piece.key, torch.stack(found).cpu()
+
+    nothing = look(torch.zeros(fusion.count, 1, dtype=torch.float64))[None]
+    found = [nothing]
+    for key, sums in fusion.survey(survey):
+        if not torch.isfinite(sums).all():
+            raise fusion.blame(key)
+        found.append(sums)
+    return torch.from_numpy(np.add.reduce(torch.cat(found).numpy(), axis=0))  # one after the other
