@@ -5,14 +5,49 @@ one update; ``update.apply_to(base)`` makes the multi-task model. Every rule tak
 """
 
 from ._options import FusionOptions
+from .adapters import adapter_vector
+from .aligned import aligned
 from .arithmetic import heuristic_scale, task_arithmetic
+from .consensus import consensus, tall_masks
+from .dare import dare
+from .fuse import fuse
+from .fuse_files import fuse_files
+from .geometric_median import geometric_median
+from .iso_c import iso_c
+from .lines import lines
+from .low_rank import LowRank, low_rank
+from .median import coordinate_median
+from .multi_krum import krum_scores, multi_krum
+from .norm_clipping import norm_clipping
+from .ties import ties
+from .trimmed_mean import trimmed_mean
+from .tsv import tsv
 from .vector import TaskVector
 from .weighted_average import weighted_average
 
 __all__ = [
     "FusionOptions",
+    "LowRank",
     "TaskVector",
+    "adapter_vector",
+    "aligned",
+    "consensus",
+    "coordinate_median",
+    "dare",
+    "fuse",
+    "fuse_files",
+    "geometric_median",
     "heuristic_scale",
+    "iso_c",
+    "krum_scores",
+    "lines",
+    "low_rank",
+    "multi_krum",
+    "norm_clipping",
+    "tall_masks",
     "task_arithmetic",
+    "ties",
+    "trimmed_mean",
+    "tsv",
     "weighted_average",
 ]

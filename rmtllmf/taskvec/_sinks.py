@@ -12,7 +12,7 @@ from torch import Tensor
 from .._sharded import local
 from .._state import all_finite, check_keys, identity
 from ..errors import InputError, NonFiniteError, StateMismatchError
-from ._sources import Base, Source, Spec, Stored
+from ._sources import Base, Source, Spec
 
 
 class Sink(ABC):
@@ -153,8 +153,8 @@ def check_out(
     memory: dict[Hashable, str] = {}
     read = {
         (tensor.device, tensor.untyped_storage().data_ptr()): f"{source.label}[{key!r}]"
-        for source in sources
-        if isinstance(source, Stored)
+        for whole in sources
+        for source in whole.in_memory()
         for key, tensor in source.tensors.items()
         if tensor.numel()
     }

@@ -12,7 +12,23 @@ from typing import Any
 
 import torch
 
-from rmtllmf.taskvec import task_arithmetic, weighted_average
+from helpers import robust_definitions as robust
+from helpers import spectral_definitions as spectral
+from helpers import ties_definition
+from rmtllmf.taskvec import (
+    consensus,
+    coordinate_median,
+    dare,
+    geometric_median,
+    iso_c,
+    multi_krum,
+    norm_clipping,
+    task_arithmetic,
+    ties,
+    trimmed_mean,
+    tsv,
+    weighted_average,
+)
 
 Vectors = list[dict[str, torch.Tensor]]
 
@@ -39,4 +55,25 @@ def each_key(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Vect
 ROWS = [
     Row("task arithmetic", partial(task_arithmetic, scale=0.3), each_key(lambda x: 0.3 * x.sum(0))),
     Row("weighted average", weighted_average, each_key(lambda x: x.mean(0)), premultiplied=False),
+    Row("coordinate median", coordinate_median, each_key(robust.median)),
+    Row("trimmed mean", partial(trimmed_mean, trim=1), each_key(partial(robust.trimmed, trim=1)), fewest=3),
+    Row("trimmed mean by share", partial(trimmed_mean, trim=0.3), each_key(partial(robust.trimmed, trim=0.3))),
+    Row("geometric median", geometric_median, robust.whole(robust.geometric_median)),
+    Row("norm clipping", norm_clipping, robust.whole(robust.clipped)),
+    Row("multi-Krum", partial(multi_krum, hostile=0, keep=2), robust.whole(partial(robust.krum, 0, 2)), fewest=3),
+    Row("consensus", partial(consensus, scale=0.3), each_key(partial(robust.consensus, scale=0.3)), fewest=2),
+    Row("Iso-C", iso_c, each_key(spectral.iso_c), tolerance=1e-4),
+    Row("TSV-Merge", tsv, each_key(spectral.tsv), tolerance=1e-3),
+    # weights apply after trimming: per layer they do not change what is kept of the whole vector
+    Row("TIES", ties, partial(ties_definition.merged, density=0.2), premultiplied=False),
+    Row("TIES by tensor", partial(ties, trim="tensor"), partial(ties_definition.merged, density=0.2, by_tensor=True)),
+    Row("TIES sum", partial(ties, density=1, combine="sum"), partial(ties_definition.merged, density=1.0, mean=False)),
+    Row(
+        "TIES elected otherwise",
+        partial(ties, density=0.5, trim="tensor", elect="count", undecided="majority", combine="weighted mean"),
+        None,
+        premultiplied=False,
+    ),
+    Row("DARE", partial(dare, seed=0), None, permutable=False),
+    Row("DARE with TIES", partial(dare, drop=0.3, seed=0, rule=ties, trim="tensor"), None, permutable=False),
 ]

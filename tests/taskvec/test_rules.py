@@ -194,3 +194,11 @@ def test_the_culprit_is_named(row):
     vectors[2]["conv"][1, 2, 0, 1] = float("nan")
     with pytest.raises(NonFiniteError, match=r"vectors\[2\]\['conv'\] holds 1 non-finite"):
         row.rule(vectors)
+
+
+@every_rule
+def test_in_inference_mode(row):
+    vectors = make(11, max(4, row.fewest))
+    expected = row.rule(vectors)
+    with torch.inference_mode():
+        same_bits(row.rule(make(11, max(4, row.fewest))), expected)

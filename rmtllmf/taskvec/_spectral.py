@@ -1,0 +1,177 @@
+"""Polar factors and leading singular triplets through Gram matrices: as exact as a float64 SVD, and faster.
+
+The eigenvalues of the Gram matrix ``X^T X`` are the squares of the singular values of X, so rounding of relative size
+eps hides what is below sqrt(eps) of the largest: each function takes the cheapest precision that the spectrum at hand
+allows, and looks again at what is hidden after taking off what is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import frexp, hypot, isfinite
+
+import torch
+from torch import Tensor
+
+from .._state import extrema
+from ._engine import Piece
+
+# Least shares of the largest eigenvalue of a Gram matrix for which ...
+FLOAT32_GRAM = 2e-3  # ... a polar factor through it in float32 errs by less than 1e-4
+FLOAT64_GRAM = {torch.float32: 1e-10, torch.float64: 1e-5}  # ... one in float64 does by less than 1e-5, than 1e-10
+FLOAT32_PRODUCT = 1e-5  # ... a product with its inverse root may be taken in float32
+PADDING = 32  # directions beside those wanted: float32 mixes up neighbours, which float64 tells apart again
+SUBSPACE_GAP = 3e-3  # share of the largest eigenvalue that must part those wanted from those beyond the padding
+BLOCK = 256
+
+
+def rounding_level(parts: Sequence[Tensor]) -> float:
+    r"""What the rounding of entries does to the singular values of the sum of `parts`, each (m, n).
+
+    Independent errors of relative size :math:`\epsilon/2` make a matrix of spectral norm :math:`\frac{\epsilon}{2}
+    (m^{-1/2} + n^{-1/2}) \sqrt{\sum_q \|\tau_q\|_F^2}` at most; a float64 SVD adds its own.
+    """
+    m, n = parts[0].shape
+    norm = hypot(*(float(torch.linalg.vector_norm(part)) for part in parts))
+    eps, double = torch.finfo(parts[0].dtype).eps, torch.finfo(torch.float64).eps
+    return norm * (eps / 2 * (m**-0.5 + n**-0.5) + max(m, n) * double)
+
+
+def polar(X: Tensor, floor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    r"""The partial isometry :math:`\sum_i u_i v_i^T` over the singular values of X above `floor`, and all of these.
+
+    Args:
+        X: (m, n), float32 or float64.
+        floor: above rounding, see `rounding_level`.
+        dtype: float32 for errors below 1e-4, float64 for below 1e-9, relative in the Frobenius norm.
+
+    Returns:
+        Q (m, n) in `dtype`; the min(m, n) singular values in float64, in any order, those below `floor` roughly.
+    """
+    if X.shape[0] < X.shape[1]:
+        Q, s = polar(X.mT, floor, dtype)
+        return Q.mT, s
+    if dtype == torch.float32:
+        G = gram(X.float())
+        # A tenth of the work of the eigenvalues, spared where they would most likely be in vain
+        shifted = G.clone()
+        shifted.diagonal().sub_(FLOAT32_GRAM * torch.linalg.matrix_norm(G))
+        if int(torch.linalg.cholesky_ex(shifted).info) == 0:
+            eigenvalues, V = torch.linalg.eigh(G)
+            if eigenvalues[0] > max(FLOAT32_GRAM * float(eigenvalues[-1]), floor**2):
+                return X.float() @ ((V * eigenvalues.rsqrt()) @ V.mT), eigenvalues.double().sqrt()
+    eigenvalues, V = torch.linalg.eigh(gram(X.double()))
+    least = max(float(eigenvalues[-1]) * FLOAT64_GRAM[dtype], 0.0)
+    s = eigenvalues.clamp_min(0).sqrt()
+    kept = s > floor
+    if eigenvalues[0] > least or floor**2 > least:
+        V, root = V[:, kept], s[kept]
+        mild = root.numel() == 0 or root[0] ** 2 > FLOAT32_PRODUCT * root[-1] ** 2
+        product = torch.float32 if mild and dtype == torch.float32 else torch.float64
+        return (X.to(product) @ ((V / root) @ V.mT).to(product)).to(dtype), s
+    U, found, V = leading(X, X.shape[1], floor, dtype)
+    s = torch.zeros_like(s)
+    s[: len(found)] = found
+    return (U.to(dtype) @ V.to(dtype).mT), s
+
+
+def leading(
+    X: Tensor, count: int, floor: float, dtype: torch.dtype, *, quick: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count` largest singular triplets of X (m, n), fewer where less of them are above `floor`.
+
+    With `quick` the vectors err by some 1e-6 where float32 can part them from the others, else by 1e-10.
+
+    Returns:
+        U (m, r), the singular values (r) in falling order and V (n, r), in float64.
+    """
+    if X.shape[0] < X.shape[1]:
+        V, s, U = leading(X.mT, count, floor, dtype, quick=quick)
+        return U, s, V
+    if dtype == torch.float64:
+        U, s, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+        count = min(count, int((s > floor).sum()))
+        return U[:, :count], s[:count], Vh[:count].mT
+    basis = _subspace(X, count) if quick else None
+    if basis is not None:  # Rayleigh-Ritz
+        U, s, W = _by_deflation(X.double() @ basis, count, floor)
+        return U, s, basis @ W
+    return _by_deflation(X.double(), count, floor)
+
+
+def gram(X: Tensor) -> Tensor:
+    """The lower triangle of ``X^T X``, which is all that `eigh` and `cholesky` read, and some of the upper."""
+    n = X.shape[1]
+    if n <= BLOCK or X.is_cuda:
+        return X.mT @ X
+    G = X.new_zeros(n, n)
+    for start in range(0, n, BLOCK):
+        stop = min(start + BLOCK, n)
+        torch.mm(X[:, start:stop].mT, X[:, :stop], out=G[start:stop, :stop])
+    return G
+
+
+def scaled(parts: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+    """`parts`, contiguous, over a power of two for which squares of entries neither overflow nor vanish; and that."""
+    peak = 0.0
+    for part in parts:
+        low, high = extrema(part)
+        if not (isfinite(low) and isfinite(high)):
+            raise torch.linalg.LinAlgError("entries that are not finite")  # type: ignore[attr-defined]
+        peak = max(peak, high, -low)
+    exponent = frexp(peak)[1] - 1
+    unit = 1.0 if abs(exponent) < 20 else 2.0**exponent
+    return [part.contiguous() if unit == 1 else part.contiguous() / unit for part in parts], unit
+
+
+def averaged(count: int, factor: float) -> Callable[[Piece], None]:
+    """What the rules for matrices do to all other tensors."""
+
+    def combine(piece: Piece) -> None:
+        torch.mul(piece.parts[0], 1.0, out=piece.into)
+        for part in piece.parts[1:]:
+            piece.into.add_(part)
+        piece.into.mul_(factor / count)
+
+    return combine
+
+
+def _subspace(X: Tensor, count: int) -> Tensor | None:
+    """Orthonormal directions, in float64, that hold the leading right singular vectors; None: float32 will not do."""
+    wide = count + PADDING
+    if 2 * wide > X.shape[1]:
+        return None
+    eigenvalues, V = torch.linalg.eigh(gram(X.float()))
+    if not float(eigenvalues[-count] - eigenvalues[-wide - 1]) > SUBSPACE_GAP * float(eigenvalues[-1]):
+        return None
+    V = V[:, -wide:].double()
+    factor = torch.linalg.cholesky(V.mT @ V)
+    return torch.linalg.solve_triangular(factor, V.mT, upper=False).mT
+
+
+def _by_deflation(X: Tensor, count: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading triplets of a float64 X (m, n), m >= n: those that the Gram matrix shows, then those of what is left."""
+    Us: list[Tensor] = []
+    ss: list[Tensor] = []
+    Vs: list[Tensor] = []
+    while True:
+        eigenvalues, V = torch.linalg.eigh(gram(X))
+        eigenvalues, V = eigenvalues.flip(0), V.flip(1)
+        least = float(eigenvalues[0]) * FLOAT64_GRAM[torch.float32]
+        found = min(count, int((eigenvalues > max(least, floor**2)).sum()))
+        if not found:
+            break
+        V = V[:, :found]
+        s = eigenvalues[:found].sqrt()
+        U = X @ V / s
+        Us.append(U)
+        ss.append(s)
+        Vs.append(V)
+        count -= found
+        if not count or floor**2 >= least:
+            break
+        X = X - U @ (U.mT @ X)
+        X = X - (X @ V) @ V.mT
+    if not Us:
+        return X[:, :0], X[0, :0], X.mT[:, :0]
+    return torch.cat(Us, 1), torch.cat(ss), torch.cat(Vs, 1)

@@ -1,0 +1,148 @@
+"""DARE: drop entries of the task vectors at random, rescale the rest, then fuse by another rule."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._random import Seed, reseed, seed_number
+from .._state import Tensors, finite_number
+from ..errors import InputError
+from ._sources import Source, Stored, sources_of
+from .arithmetic import task_arithmetic
+from .vector import TaskVector
+
+__all__ = ["dare"]
+
+CHUNK = 1 << 16  # entries for which a generator is started anew: what makes access to any piece cheap
+
+
+def dare(
+    vectors: Iterable[Tensors],
+    drop: float = 0.5,
+    *,
+    scale: float | None = None,
+    seed: Seed,
+    rule: Callable[..., TaskVector] = task_arithmetic,
+    **options: Any,
+) -> TaskVector:
+    r"""The fused update of DARE (drop and rescale): entries dropped at random, and `rule` of what remains.
+
+    .. math:: \tilde\tau_q = \frac{m_q \odot \tau_q}{1 - p}, \qquad m_q \sim \operatorname{Bernoulli}(1 - p)
+              \text{ independently for every entry}, \qquad E[\tilde\tau_q] = \tau_q
+
+    The masks of different vectors are independent of each other, and so are those of different names; tied names have
+    one mask. They depend on the seed, the position of the vector, the name and the entry: not on threads, the order of
+    names, or which names are skipped. Nothing is held as a whole: a mask is made where a piece is read.
+
+    Args:
+        vectors: N mappings of name -> tensor with the same keys and shapes. Not written to.
+        drop: :math:`p` in [0, 1), the probability that an entry is dropped; 0 changes nothing.
+        scale: passed on to `rule`; None: what is usual there.
+        seed: an int or a ``torch.Generator``. The same seed gives the same masks.
+        rule: what fuses the vectors: `task_arithmetic`, `ties`, or another. ``dare_ties`` of PEFT and mergekit elects
+            signs but does not trim by magnitude: ``rule=ties, density=1.0``.
+        options: further arguments of `rule`, those of `FusionOptions` among them.
+
+    Returns:
+        The update, a `TaskVector`.
+
+    Raises:
+        InputError: a `drop` outside [0, 1), or no vectors. Otherwise as `rule`.
+
+    Source: Yu et al., "Language models are super mario: absorbing abilities from homologous models as a free lunch",
+    2024, section 3.
+
+    Example:
+        >>> import torch
+        >>> vectors = [{"w": torch.ones(6)}, {"w": torch.ones(6)}]
+        >>> dict(dare(vectors, 0.5, scale=1.0, seed=1))  # twice, once or not at all 1 / (1 - 0.5)
+        {'w': tensor([4., 2., 2., 2., 4., 0.])}
+        >>> dict(dare(vectors, 0.0, scale=1.0, seed=1))
+        {'w': tensor([2., 2., 2., 2., 2., 2.])}
+    """
+    share = finite_number(drop, "drop")
+    if not 0 <= share < 1:
+        raise InputError(f"drop: expected a probability in [0, 1), got {share:g}")
+    number = seed_number(seed)
+    sources: list[Source] = sources_of(vectors, "vectors")
+    if share > 0:
+        masks = _Masks(number, share)
+        sources = [Dropped(source, index, masks) for index, source in enumerate(sources)]
+    if scale is not None:
+        options["scale"] = scale
+    return rule(sources, **options)
+
+
+class Dropped(Source):
+    """A task vector with entries dropped at random and the rest rescaled, never held as a whole."""
+
+    def __init__(self, inner: Source, index: int, masks: _Masks) -> None:
+        self.label, self.specs, self.wants_gradient = inner.label, inner.specs, inner.wants_gradient
+        self.inner, self.index, self.masks = inner, index, masks
+        first: dict[Hashable, str] = {}
+        self._name = {key: first.setdefault(inner.identity(key), key) for key in sorted(inner.specs)}
+
+    def template(self, key: str) -> Tensor | None:
+        return self.inner.template(key)
+
+    def in_memory(self) -> Iterator[Stored]:
+        return self.inner.in_memory()
+
+    def sliceable(self, key: str) -> bool:
+        return self.inner.sliceable(key)
+
+    def identity(self, key: str) -> Hashable:
+        return (id(self), self.inner.identity(key))
+
+    def read(self, key: str, start: int, stop: int, buffer: Tensor) -> Tensor:
+        return self._pruned(key, start, self.inner.read(key, start, stop, buffer), buffer)
+
+    def whole(self, key: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+        if not (self.wants_gradient and torch.is_grad_enabled() and isinstance(self.inner, Stored)):
+            return super().whole(key, dtype, device)
+        given = self.inner.given[key]  # the same with torch's own operations, through which gradients flow
+        given = given.to(device=device, dtype=dtype or self.specs[key].calculated_in)
+        with torch.no_grad():
+            factor = torch.ones_like(given).reshape(-1)
+            self._pruned(key, 0, factor, factor)
+        return given * factor.view(given.shape)
+
+    def _pruned(self, key: str, start: int, part: Tensor, buffer: Tensor) -> Tensor:
+        """`part`, entries from `start` on, dropped or rescaled; written to `buffer`, which may be the same memory."""
+        stop = start + len(part)
+        for chunk in range(start // CHUNK, -(-stop // CHUNK)):
+            left, right = max(start, chunk * CHUNK), min(stop, (chunk + 1) * CHUNK)
+            mask = self.masks.chunk(self.index, self._name[key], chunk, buffer)
+            here = slice(left - start, right - start)
+            torch.mul(part[here], mask[left - chunk * CHUNK : right - chunk * CHUNK], out=buffer[here])
+        return buffer.div_(1 - self.masks.drop)
+
+
+class _Masks:
+    """Zeros and ones of every chunk. The last one of a thread is kept, for those who read it in small parts."""
+
+    def __init__(self, seed: int, drop: float) -> None:
+        self.seed, self.drop = seed, drop
+        self._of_thread = threading.local()
+
+    def chunk(self, index: int, name: str, chunk: int, like: Tensor) -> Tensor:
+        """Valid until the same thread asks for another."""
+        mine, device, wanted = self._of_thread, like.device, (index, name, chunk, like.dtype, like.device)
+        if getattr(mine, "wanted", None) == wanted:
+            return mine.mask
+        if getattr(mine, "device", None) != device:
+            # uniform numbers have 24 bits, too few for a share of a few in a million to be unbiased
+            dtype = torch.float32 if 1 - self.drop > 1 / 64 else torch.float64
+            mine.uniform, mine.device = torch.empty(CHUNK, dtype=dtype, device=device), device
+            mine.generator = torch.Generator(device=device)
+        mine.wanted = None
+        reseed(mine.generator, self.seed, "dare", index, name, chunk)
+        mask = mine.uniform.uniform_(generator=mine.generator).lt_(1 - self.drop)
+        mine.mask = mask.to(like.dtype)
+        mine.wanted = wanted
+        return mine.mask
