@@ -21,13 +21,13 @@ from torch import Tensor
 
 from ..errors import InputError, NonFiniteError
 from ._checkpoint import NAMES, Checkpoint
-from ._sinks import Sink, overflows
+from ._sinks import Storage, overflows
 from ._sources import Source, Spec
 
 _COPY = 1 << 22  # bytes copied at once
 
 
-class Files(Sink):
+class Files(Storage):
     """Writes a model of the names and shapes of `base`: what is fused, piece by piece, and the rest as it is there.
 
     The fused entries take the dtype that they are opened with.
@@ -126,21 +126,21 @@ class Files(Sink):
         self._log.write(request + "\n")
         self._log.flush()
 
-    def write(self, key: str, start: int, update: Tensor) -> None:
-        spec = self.specs[key]
-        values = update.detach().to("cpu")
+    def put(self, key: str, start: int, values: Tensor) -> None:
+        spec, count = self.specs[key], len(values)
+        values = values.detach().to("cpu")
         if spec.dtype != values.dtype:
             stage = getattr(self._local, "stage", None)
-            if stage is None or len(stage) < len(update) or stage.dtype != spec.dtype:
-                stage = self._local.stage = torch.empty(len(update), dtype=spec.dtype)
-            narrow = stage[: len(update)].copy_(values)
+            if stage is None or len(stage) < count or stage.dtype != spec.dtype:
+                stage = self._local.stage = torch.empty(count, dtype=spec.dtype)
+            narrow = stage[:count].copy_(values)
             if overflows(values, narrow):
                 raise NonFiniteError(f"the fused {key!r} overflows {spec.dtype}")
             values = narrow
         file, offset = self.places[key]
         self._write_bytes(file, offset + start * spec.dtype.itemsize, values.contiguous().view(torch.uint8))
         with self._lock:
-            self._left[key] -= len(update)
+            self._left[key] -= count
             if not self._left[key]:
                 self._complete(key)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._sharded import any_process, local, part_of, same_layout, sharded_like
+from .._state import all_finite
 from ..errors import NonFiniteError, StateMismatchError
 from ._sinks import Memory, Sink
 from ._sources import Source, Spec
@@ -82,11 +83,12 @@ class Scattered(Sink):
         parts = {key: _local_spec(spec, self.templates.get(key)) for key, spec in specs.items()}
         self.inner.open(parts, alias, [part for source in sources if (part := source.local()) is not None])
 
-    def write(self, key: str, start: int, update: Tensor) -> None:
+    def write(self, key: str, start: int, update: Tensor) -> bool:
         template = self.templates.get(key)
         if template is None:
-            self.inner.write(key, start, update)
-            return
+            return self.inner.write(key, start, update)
+        if not all_finite(update):  # all processes see the same
+            return False
         size = self.specs[key].size
         if self._whole is None:  # tensors come one after another
             self._whole, self._left = torch.empty(size, dtype=update.dtype, device=update.device), size
@@ -96,10 +98,14 @@ class Scattered(Sink):
             part = part_of(self._whole.view(self.specs[key].shape), template).reshape(-1)
             self._whole = None
             if len(part):
-                self.inner.write(key, 0, part)
+                return self.inner.write(key, 0, part)
+        return True
 
     def done(self) -> Any:
         return self.inner.done()
+
+    def local(self) -> Sink:
+        return self
 
 
 def _local_spec(spec: Spec, template: Tensor | None) -> Spec:

@@ -25,7 +25,7 @@ from .vector import TaskVector
 
 Found = TypeVar("Found")
 
-PIECE = 1 << 17  # entries: eight vectors' pieces and the result stay in the cache of a core
+PIECE = 1 << 18  # entries: what is calculated with stays in the cache, and a piece is worth its overhead
 PIECE_ON_DEVICE = 1 << 24  # on a GPU a piece should keep it busy
 
 
@@ -162,9 +162,8 @@ class Fusion:
                     piece = self._piece(space, key, start, stop, self.sink, weighted)
                     by_entry(piece)
                     update = piece.into
-                if not all_finite(update):
+                if not self.sink.write(key, start, update):
                     raise self.blame(key)
-                self.sink.write(key, start, update)
 
             return work
 
@@ -188,15 +187,19 @@ class Fusion:
 
     def _piece(self, space: _Space, key: str, start: int, stop: int, sink: Sink | None, weighted: bool) -> Piece:
         dtype, device, length = self.compute[key], self.specs[key].device, stop - start
+        space.use(dtype, device)
         parts = []
-        for index, (source, weight) in enumerate(zip(self.sources, self.weights(key), strict=True)):
-            buffer = space.row(index, length, dtype, device)
-            part = source.read(key, start, stop, buffer)
-            parts.append(torch.mul(part, weight, out=buffer) if weighted and weight != 1 else part)
+        for index, source in enumerate(self.sources):
+            part = source.view(key, start, stop, dtype, device)
+            parts.append(source.read(key, start, stop, space.row(index, length)) if part is None else part)
+        if weighted:
+            for index, weight in enumerate(self.weights(key)):
+                if weight != 1:
+                    parts[index] = torch.mul(parts[index], weight, out=space.row(index, length))
         target = None if sink is None else sink.target(key, start, stop)
         if target is None or target.dtype != dtype:
-            target = space.row(-1, length, dtype, device)
-        return Piece(key, start, stop, parts, target, lambda slot: space.row(-2 - slot, length, dtype, device))
+            target = space.row(-1, length)
+        return Piece(key, start, stop, parts, target, lambda slot: space.row(-2 - slot, length))
 
     def _pieces(self, keys: Iterable[str]) -> Iterator[tuple[str, int, int]]:
         for key in keys:
@@ -260,10 +263,18 @@ class _Space:
 
     def __init__(self, fusion: Fusion) -> None:
         self.longest = max((stop - start for _, start, stop in fusion._pieces(fusion.keys)), default=0)
-        self.rows: dict[Hashable, Tensor] = {}
+        self.kind: tuple[torch.dtype, torch.device] | None = None
+        self.kinds: dict[Hashable, dict[int, Tensor]] = {}
 
-    def row(self, slot: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        found = self.rows.get((slot, dtype, device))
-        if found is None:
-            found = self.rows[slot, dtype, device] = torch.empty(self.longest, dtype=dtype, device=device)
-        return found[:length]
+    def use(self, dtype: torch.dtype, device: torch.device) -> None:
+        """What rows are asked for from now on."""
+        if self.kind != (dtype, device):
+            self.kind = (dtype, device)
+            self.rows = self.kinds.setdefault(self.kind, {})
+
+    def row(self, slot: int, length: int) -> Tensor:
+        """Memory of a slot, the same at every call."""
+        found = self.rows.get(slot)
+        if found is None and self.kind is not None:
+            found = self.rows[slot] = torch.empty(self.longest, dtype=self.kind[0], device=self.kind[1])
+        return found[:length]  # type: ignore[index]

@@ -18,7 +18,6 @@ def weighted_sum(fusion: Fusion, coefficients: Callable[[str], Sequence[float]])
 
     A vector of coefficient 0 is left out, whatever it holds.
     """
-
     if fusion.differentiable:
         return _differentiable(fusion, coefficients)
 
@@ -27,14 +26,14 @@ def weighted_sum(fusion: Fusion, coefficients: Callable[[str], Sequence[float]])
         if not terms:
             piece.into.zero_()
             return
-        same = terms[0][1] if all(a == terms[0][1] for _, a in terms) else None
-        if same is not None:  # added up first and scaled then, as the formulas say
-            terms = [(part, 1.0) for part, _ in terms]
-        torch.mul(*terms[0], out=piece.into)
-        for part, a in terms[1:]:
-            piece.into.add_(part, alpha=a)
-        if same is not None and same != 1:
-            piece.into.mul_(same)
+        (total, a), *rest = terms
+        equal = all(b == a for _, b in rest)  # then they are added up first and scaled afterwards, as the formulas say
+        if not (equal and rest):
+            total = torch.mul(total, a, out=piece.into)
+        for part, b in rest:
+            total = torch.add(total, part, alpha=1.0 if equal else b, out=piece.into)
+        if equal and rest and a != 1:
+            piece.into.mul_(a)
 
     return fusion.by_entry(combine, weighted=False)
 

@@ -36,19 +36,40 @@ class Sink(ABC):
         return None
 
     @abstractmethod
-    def write(self, key: str, start: int, update: Tensor) -> None:
-        """Entries from `start` on, in the dtype of the calculation, known to be finite."""
+    def write(self, key: str, start: int, update: Tensor) -> bool:
+        """Take entries from `start` on, in the dtype of the calculation; False if they are not finite.
+
+        `update` may be written to.
+        """
 
     @abstractmethod
     def done(self) -> Any:
         """The result, after the last piece."""
 
+    @abstractmethod
     def local(self) -> Sink:
         """A sink for what this process holds of tensors that are spread over several."""
+
+
+class Storage(Sink):
+    """A sink that keeps what it is given."""
+
+    @abstractmethod
+    def put(self, key: str, start: int, values: Tensor) -> None:
+        """Keep entries from `start` on, finite or not; an error if they overflow the dtype that they are kept in."""
+
+    def write(self, key: str, start: int, update: Tensor) -> bool:
+        if not all_finite(update):
+            return False
+        self.put(key, start, update)
+        return True
+
+    def local(self) -> Storage:
+        """The same for what this process holds of tensors that are spread over several."""
         raise InputError(f"tensors that are spread over several processes cannot be written by {type(self).__name__}")
 
 
-class Memory(Sink):
+class Memory(Storage):
     """Tensors of the update: fresh ones, or the caller's (which may hold `more` than these)."""
 
     def __init__(self, out: Mapping[str, Tensor] | None = None, *, more: bool = False) -> None:
@@ -73,16 +94,16 @@ class Memory(Sink):
         flat = self.flat.get(key)
         return None if flat is None else flat[start:stop]
 
-    def write(self, key: str, start: int, update: Tensor) -> None:
-        place = self.target(key, start, start + len(update))
+    def put(self, key: str, start: int, values: Tensor) -> None:
+        place = self.target(key, start, start + len(values))
         if place is None:
             tensor = self.tensors[key]
-            index = torch.arange(start, start + len(update), device=tensor.device)
-            tensor[torch.unravel_index(index, tensor.shape)] = update.to(tensor.device, tensor.dtype)
-            place = update.to(tensor.dtype)
-        elif place.data_ptr() != update.data_ptr():
-            place.copy_(update)
-        if place.dtype != update.dtype and overflows(update, place):
+            index = torch.arange(start, start + len(values), device=tensor.device)
+            tensor[torch.unravel_index(index, tensor.shape)] = values.to(tensor.device, tensor.dtype)
+            place = values.to(tensor.dtype)
+        elif place.data_ptr() != values.data_ptr():
+            place.copy_(values)
+        if place.dtype != values.dtype and overflows(values, place):
             raise NonFiniteError(f"the fused {key!r} overflows {place.dtype}")
 
     def done(self) -> dict[str, Tensor]:
@@ -98,7 +119,7 @@ class Memory(Sink):
 class Applied(Sink):
     """The base model plus the update, in the base's dtype unless another is asked for, written to another sink."""
 
-    def __init__(self, base: Base, inner: Sink, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, base: Base, inner: Storage, dtype: torch.dtype | None = None) -> None:
         self.base, self.inner, self.dtype = base, inner, dtype
 
     def open(self, specs: Mapping[str, Spec], alias: Mapping[str, str], sources: list[Source]) -> None:
@@ -117,12 +138,15 @@ class Applied(Sink):
     def target(self, key: str, start: int, stop: int) -> Tensor | None:
         return self.inner.target(key, start, stop)
 
-    def write(self, key: str, start: int, update: Tensor) -> None:
+    def write(self, key: str, start: int, update: Tensor) -> bool:
         before, finite = self.base.read(key, start, start + len(update), update.dtype, update.device)
+        if not finite and not all_finite(update):
+            return False
         model = update.add_(before)
-        if finite and not all_finite(model):
-            raise NonFiniteError(f"base[{key!r}] plus the fused update overflows {update.dtype}")
-        self.inner.write(key, start, model)
+        if finite and not all_finite(model):  # which an update that is not finite cannot make either
+            return False
+        self.inner.put(key, start, model)
+        return True
 
     def done(self) -> Any:
         return self.inner.done()

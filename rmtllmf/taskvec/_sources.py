@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._sharded import full, is_sharded, local
-from .._state import Tensors, extrema, identity, is_bendable, quoted
+from .._state import Tensors, all_finite, identity, is_bendable, quoted
 from ..errors import InputError, StateMismatchError
 
 
@@ -50,6 +50,10 @@ class Source(Mapping[str, Tensor]):
 
         `buffer`, of that length, may be used for them; what is returned is never written to.
         """
+
+    def view(self, key: str, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """The same without a buffer, if it lies in memory as it is wanted."""
+        return None
 
     def sliceable(self, key: str) -> bool:
         """Whether a piece of it costs a piece of the work; else the tensor is read as a whole."""
@@ -106,6 +110,10 @@ class Stored(Source):
 
     def in_memory(self) -> Iterator[Stored]:
         yield self
+
+    def view(self, key: str, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        flat = self._flat.get(key)
+        return None if flat is None or flat.dtype != dtype or flat.device != device else flat[start:stop]
 
     def sliceable(self, key: str) -> bool:
         return key in self._flat
@@ -165,8 +173,7 @@ class Base:
             if buffer is None or len(buffer) < stop - start or buffer.dtype != dtype or buffer.device != device:
                 buffer = last.buffer = torch.empty(stop - start, dtype=dtype, device=device)
             last.values = self.source.read(key, start, stop, buffer[: stop - start])
-            low, high = extrema(last.values)
-            last.finite = low - low == 0 and high - high == 0
+            last.finite = all_finite(last.values)
             last.piece = wanted
         return last.values, last.finite
 

@@ -16,9 +16,7 @@ from .vector import TaskVector
 __all__ = ["weighted_average"]
 
 
-def weighted_average(
-    vectors: Iterable[Tensors], *, scale: float = 1.0, **options: Unpack[FusionOptions]
-) -> TaskVector:
+def weighted_average(vectors: Iterable[Tensors], *, scale: float = 1.0, **options: Unpack[FusionOptions]) -> TaskVector:
     r"""The weighted mean of the task vectors: model soup, federated averaging.
 
     .. math:: \tau = \lambda \frac{\sum_q w_q \tau_q}{\sum_q w_q}
