@@ -109,8 +109,9 @@ def check_finite(state: Tensors, argument: str) -> None:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether every entry is finite."""
-    if tensor.dtype in (torch.float32, torch.float64) and not is_sharded(tensor):
-        if math.isfinite(tensor.detach().sum()):  # the fastest look there is; large entries may add up to infinity
+    if tensor.is_floating_point() and tensor.element_size() > 1 and not is_sharded(tensor):
+        # the fastest look there is; large entries may add up to infinity
+        if math.isfinite(tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
             return True
     low, high = extrema(tensor)
     return math.isfinite(low) and math.isfinite(high)

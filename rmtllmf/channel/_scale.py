@@ -15,7 +15,7 @@ from ..errors import InputError, NonFiniteError
 SCALES = ("rms", "peak", "tensor_rms", "tensor_peak")
 
 _ROW = 4096  # squares added up at once, in float64: fixed, so that sums have the same bits for any number of threads
-_PIECE = 32 * _ROW  # entries looked at by one thread: they stay in the cache
+_PIECE = 64 * _ROW  # entries looked at by one thread: a piece is worth its overhead, and most of it stays in the cache
 _PIECE_ON_DEVICE = 64 * _ROW
 _SAFE = 1e-15, 1e15  # norms whose squares neither vanish nor overflow in float32
 

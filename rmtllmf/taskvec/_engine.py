@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -36,9 +37,15 @@ class Piece:
     key: str
     start: int
     stop: int
-    parts: list[Tensor]  # one a vector, in the dtype of the calculation; not to be written to
     into: Tensor  # where the update goes
     spare: Callable[[int], Tensor]  # spare(0), spare(1), ...: scratch memory of the same length
+    count: int  # of vectors
+    read: Callable[[int, int], Tensor]  # read(q, slot): the part of a vector, valid until the slot is read to again
+
+    @cached_property
+    def parts(self) -> list[Tensor]:
+        """One a vector, in the dtype of the calculation; not to be written to."""
+        return [self.read(index, index) for index in range(self.count)]
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -188,18 +195,21 @@ class Fusion:
     def _piece(self, space: _Space, key: str, start: int, stop: int, sink: Sink | None, weighted: bool) -> Piece:
         dtype, device, length = self.compute[key], self.specs[key].device, stop - start
         space.use(dtype, device)
-        parts = []
-        for index, source in enumerate(self.sources):
+        weights = self.weights(key)
+
+        def read(index: int, slot: int) -> Tensor:
+            source = self.sources[index]
             part = source.view(key, start, stop, dtype, device)
-            parts.append(source.read(key, start, stop, space.row(index, length)) if part is None else part)
-        if weighted:
-            for index, weight in enumerate(self.weights(key)):
-                if weight != 1:
-                    parts[index] = torch.mul(parts[index], weight, out=space.row(index, length))
+            if part is None:
+                part = source.read(key, start, stop, space.row(slot, length))
+            if weighted and weights[index] != 1:
+                part = torch.mul(part, weights[index], out=space.row(slot, length))
+            return part
+
         target = None if sink is None else sink.target(key, start, stop)
         if target is None or target.dtype != dtype:
             target = space.row(-1, length)
-        return Piece(key, start, stop, parts, target, lambda slot: space.row(-2 - slot, length))
+        return Piece(key, start, stop, target, lambda slot: space.row(-2 - slot, length), self.count, read)
 
     def _pieces(self, keys: Iterable[str]) -> Iterator[tuple[str, int, int]]:
         for key in keys:

@@ -22,17 +22,19 @@ def weighted_sum(fusion: Fusion, coefficients: Callable[[str], Sequence[float]])
         return _differentiable(fusion, coefficients)
 
     def combine(piece: Piece) -> None:
-        terms = [(part, a) for part, a in zip(piece.parts, coefficients(piece.key), strict=True) if a != 0]
+        terms = [(index, a) for index, a in enumerate(coefficients(piece.key)) if a != 0]
         if not terms:
             piece.into.zero_()
             return
-        (total, a), *rest = terms
+        (first, a), *rest = terms
         equal = all(b == a for _, b in rest)  # then they are added up first and scaled afterwards, as the formulas say
-        if not (equal and rest):
-            total = torch.mul(total, a, out=piece.into)
-        for part, b in rest:
-            total = torch.add(total, part, alpha=1.0 if equal else b, out=piece.into)
-        if equal and rest and a != 1:
+        if equal and rest:
+            torch.add(piece.read(first, 0), piece.read(rest.pop(0)[0], 1), out=piece.into)
+        else:
+            torch.mul(piece.read(first, 0), a, out=piece.into)
+        for index, b in rest:
+            piece.into.add_(piece.read(index, 0), alpha=1.0 if equal else b)
+        if equal and len(terms) > 1 and a != 1:
             piece.into.mul_(a)
 
     return fusion.by_entry(combine, weighted=False)
