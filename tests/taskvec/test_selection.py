@@ -188,7 +188,7 @@ def test_no_piece_collects_more_than_it_should(monkeypatch):
 def test_torch_counts_what_numpy_counts(bracket):
     draw = torch.Generator().manual_seed(4)
     values = torch.randint(-6, 7, (1000,), generator=draw) / 2
-    piece = engine.Piece("w", 0, 1000, [values], values, lambda slot: torch.empty(1000))
+    piece = engine.Piece("w", 0, 1000, values, lambda slot: torch.empty(1000), 1, lambda index, slot: values)
     ours = selection._census(values, piece, selection._Bracket(*bracket, 1000), torch.float32)
     other = selection._census_by_torch(values.abs(), *bracket, 1000)
     assert ours[:4] == other[:4]
@@ -210,5 +210,8 @@ def test_on_the_device():
     there = [{key: tensor.cuda() for key, tensor in vector.items()} for vector in vectors]
     cuts = largest(Fusion(there, {}), [["w"]], 0.2)["w"]
     for cut, vector, one in zip(cuts, there, expected, strict=True):
-        piece = engine.Piece("w", 0, SIZE, [vector["w"]], vector["w"], lambda slot: torch.empty(SIZE, device="cuda"))
+        there_is = vector["w"]
+        piece = engine.Piece(
+            "w", 0, SIZE, there_is, lambda slot: torch.empty(SIZE, device="cuda"), 1, lambda index, slot, w=there_is: w
+        )
         assert torch.equal(cut.keep(0, piece, slice(0, SIZE), torch.empty_like(vector["w"])).cpu(), one["w"])
