@@ -6,7 +6,6 @@ Eight visual towers of ViT-B/16 (8 x 86 M float32), as many threads as torch use
 """
 
 import importlib.util
-import json
 import os
 import shutil
 import statistics
@@ -114,29 +113,26 @@ def test_import():
 
 
 OURS = """
-import json, resource, sys, time
-start = time.perf_counter()
-import torch
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+import sys, torch
+peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
 from rmtllmf.taskvec import fuse_files
 folder = sys.argv[1]
 fuse_files(f"{folder}/base.safetensors", [f"{folder}/{i}.safetensors" for i in range(8)], f"{folder}/ours.safetensors",
            scale=0.3)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([1024 * (peak - before), 1024 * peak]))
+print(1024 * (peak() - before))
 """
 
 SD_MECHA = """
-import resource, sys, json
-import torch, sd_mecha
+import sys, torch, sd_mecha
 from pathlib import Path
-folder = sys.argv[1]
-base = sd_mecha.model(Path(f"{folder}/base.safetensors"), config=sys.argv[2])
-total = None
-for i in range(8):
-    delta = sd_mecha.subtract(sd_mecha.model(Path(f"{folder}/{i}.safetensors"), config=sys.argv[2]), base)
-    total = delta if total is None else total + delta
-sd_mecha.merge(base + total * 0.3, output=Path(f"{folder}/mecha.safetensors"))
+from sd_mecha.extensions.builtin.merge_methods.linear import add_difference, subtract
+base, *models = (sd_mecha.model(Path(sys.argv[1]) / f"{name}.safetensors") for name in ("base", *range(8)))
+recipe = base
+for model in models:
+    recipe = add_difference(recipe, subtract(model, base), alpha=0.3)
+sd_mecha.merge(recipe, output=Path(sys.argv[1]) / "mecha.safetensors", merge_dtype=torch.float32,
+               output_dtype=torch.bfloat16)
 """
 
 
@@ -184,7 +180,7 @@ def test_fuse_files(checkpoints):
     command = [sys.executable, "-c", OURS, str(checkpoints)]
     runs = [process(*command) for _ in range(3)]
     seconds = statistics.median(run[0] for run in runs)
-    above, _ = json.loads(runs[-1][1])
+    above = int(runs[-1][1])
     print(
         f"\nfuse_files, base and eight of {entries / 1e9:.2f} B parameters in bf16: {seconds:.1f} s the whole process "
         f"({', '.join(f'{run[0]:.1f}' for run in runs)}), {above / 1e6:.0f} MB above importing torch"
@@ -203,6 +199,10 @@ def test_fuse_files(checkpoints):
         merged = {k: v for file in (checkpoints / "mergekit").glob("*.safetensors") for k, v in load_file(file).items()}
         _compare(load_file(checkpoints / "ours.safetensors"), merged)
         print(f"mergekit-pytorch: {peer:.1f} s, {peer / seconds:.1f} times as long")
+    if importlib.util.find_spec("sd_mecha") is not None:
+        peer, _ = process(sys.executable, "-c", SD_MECHA, str(checkpoints))
+        _compare(load_file(checkpoints / "ours.safetensors"), load_file(checkpoints / "mecha.safetensors"))
+        print(f"sd-mecha: {peer:.1f} s, {peer / seconds:.1f} times as long")
 
 
 def _compare(ours, theirs):
