@@ -78,9 +78,9 @@ def any_process(flag: bool, template: Tensor) -> bool:
     return largest_of_all([float(flag)], template)[0] > 0
 
 
-def same_layout(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors are spread alike (or both not)."""
-    if not (is_sharded(left) and is_sharded(right)):
-        return is_sharded(left) == is_sharded(right)
-    a, b = (left, right)
+def same_layout(left: Tensor | None, right: Tensor | None) -> bool:
+    """Whether two tensors are spread alike, or both not (None: no DTensor)."""
+    a, b = (tensor if tensor is not None and is_sharded(tensor) else None for tensor in (left, right))
+    if a is None or b is None:
+        return a is b
     return bool(a.device_mesh == b.device_mesh and a.placements == b.placements)  # type: ignore[attr-defined]

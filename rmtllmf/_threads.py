@@ -7,14 +7,19 @@ torch calculates on one: sums are taken in the same order for any number of thre
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
 
 Item = TypeVar("Item")
+
+_lock = threading.Lock()
+_running = 0  # calls of `share_out` at this moment, of all threads
+_outside = 1  # what torch's number of threads was before the first of them
+_mine = threading.local()  # .working: this thread is inside of one of them
 
 
 def share_out(worker: Callable[[], Callable[[Item], None]], items: Iterable[Item], *, alone: bool = False) -> None:
@@ -22,12 +27,12 @@ def share_out(worker: Callable[[], Callable[[Item], None]], items: Iterable[Item
 
     Args:
         worker: makes the function that is called on items; buffers made inside belong to one thread.
-        items: handed out in order.
+        items: handed out in order; a generator is closed in the end, however that comes.
         alone: on this thread only (for a GPU, whose work is queued anyway, or for collective communication).
 
-    Gradients are off inside. The first exception ends the work, and is raised.
+    Gradients and autocast are off inside. An exception ends the work, and is raised. A call from inside `worker`
+    stays on its thread.
     """
-    threads = 1 if alone else torch.get_num_threads()
     inference = torch.is_inference_mode_enabled()
     queue, lock, stop = iter(items), threading.Lock(), threading.Event()
 
@@ -41,18 +46,22 @@ def share_out(worker: Callable[[], Callable[[Item], None]], items: Iterable[Item
             yield item
 
     def run() -> None:
+        nested, _mine.working = getattr(_mine, "working", False), True
         torch.set_num_threads(1)
         try:
-            with torch.inference_mode(inference), torch.no_grad():  # torch keeps these for each thread
+            # torch keeps these for each thread
+            with torch.inference_mode(inference), torch.no_grad(), _as_written():
                 work = worker()
                 for item in take():
                     work(item)
         except BaseException:
             stop.set()
             raise
+        finally:
+            _mine.working = nested
 
-    with _threads_restored():
-        if threads == 1:
+    with _closed(queue), _threads_restored() as threads:
+        if alone or threads == 1:
             run()
             return
         with ThreadPoolExecutor(threads, thread_name_prefix="rmtllmf") as pool:
@@ -65,9 +74,43 @@ def share_out(worker: Callable[[], Callable[[Item], None]], items: Iterable[Item
 
 
 @contextmanager
-def _threads_restored() -> Iterator[None]:
-    before = torch.get_num_threads()
+def _closed(items: Iterator[Item]) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        if isinstance(items, Generator):
+            items.close()
+
+
+@contextmanager
+def _as_written() -> Iterator[None]:
+    """Without autocast, which would calculate in half precision on this thread and not on others."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
+def _threads_restored() -> Iterator[int]:
+    """The number of threads to use, which is torch's again in the end.
+
+    torch keeps the number for each thread, and in the process for threads to come (and for its linear algebra): while
+    another thread is in here, the latter is not the user's.
+    """
+    global _running, _outside
+    if getattr(_mine, "working", False):
+        yield 1
+        return
+    with _lock:
+        if not _running:
+            _outside = torch.get_num_threads()
+        _running += 1
+        threads = _outside
+    try:
+        yield threads
+    finally:
+        with _lock:
+            _running -= 1
+            torch.set_num_threads(threads)

@@ -22,6 +22,7 @@ FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?P<adapter>(?!weight$|bias$).+?))??(?:\.(?P<last>weight|bias))?$"
 )
+COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.)")  # of a module that is trained as a whole
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # that leave the base as it was
 NOT_ADDITIVE = (  # options of LoRA under which the update is more than a product of two factors, and what they are
     ("alora_invocation_tokens", "acts on some tokens only"),
@@ -42,6 +43,9 @@ def from_file(path: str, prefix: str, adapter_name: str | None, base: BaseModel 
     config = _config(folder, label)
     weights = StoredFile(os.path.join(folder, WEIGHTS))
     factors, replaced = _sorted_out(weights, prefix, adapter_name, label)
+    if config.get("modules_to_save"):  # with bias="all" PEFT also writes the biases of the copy and of the original
+        again = {key for key in replaced if (own := COPY.sub("", key)) != key and own in replaced}
+        replaced = {key: name for key, name in replaced.items() if key not in again}
     if not factors and not replaced:
         raise InputError(f"{label}: {WEIGHTS} holds no tensors")
     parts: dict[str, list[Part]] = {}
@@ -69,8 +73,9 @@ def _folder(path: str, adapter_name: str | None) -> str:
         raise FileNotFoundError(
             f"adapter: there is no folder {folder!r}; expected one that PeftModel.save_pretrained wrote"
         )
-    if adapter_name is not None and os.path.isfile(os.path.join(folder, adapter_name, CONFIG)):
-        folder = os.path.join(folder, adapter_name)  # PEFT gives all that are not called "default" their own
+    if adapter_name is not None and os.path.basename(adapter_name) == adapter_name:
+        own = os.path.join(folder, adapter_name)  # PEFT gives all that are not called "default" a folder in it
+        folder = own if os.path.isfile(os.path.join(own, CONFIG)) else folder
     if not os.path.isfile(os.path.join(folder, CONFIG)):
         named = [name for name in sorted(os.listdir(folder)) if os.path.isfile(os.path.join(folder, name, CONFIG))]
         hint = f"; choose one with adapter_name=: {quoted(named)}" if named else ""
@@ -102,6 +107,15 @@ def _config(folder: str, label: str) -> dict[str, Any]:
         if config.get(option):
             raise InputError(f"{label}: {option} is set, which {why}; {ELSE}")
     check_config(config, label)
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(option) or {}
+        if not isinstance(patterns, dict):
+            raise InputError(f"{label}: {option} in {CONFIG} is {patterns!r}; expected patterns and their numbers")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(f"{label}: {option} in {CONFIG} holds {pattern!r}, no pattern ({error})") from None
     return config
 
 
@@ -137,6 +151,9 @@ def _sorted_out(
         raise InputError(f"{label}: holds several adapters; choose one with adapter_name=: {quoted(adapters)}")
     if adapters and not factors:
         raise InputError(f"adapter_name: there is no adapter {adapter_name!r}; expected one of {quoted(adapters)}")
+    folder = os.path.basename(os.path.dirname(os.path.abspath(weights.path)))
+    if not adapters and adapter_name not in (None, "default", folder):
+        raise InputError(f"adapter_name: there is no adapter {adapter_name!r}; the only one has no name; leave it out")
     return factors, replaced
 
 
@@ -164,20 +181,29 @@ def _module_parts(
     for name in names:
         if name not in found:
             raise InputError(f"{label}: {module!r} lacks {name}")
+    for name, key in found.items():
+        if name not in (*names, "lora_magnitude_vector", "lora_B.bias"):
+            raise InputError(f"{label}: {module!r} has both {names[0]} and {name}, which LoRA does not have together")
+        if not weights.specs[key].dtype.is_floating_point:
+            raise InputError(f"{label}: {name} of {module!r} is {weights.specs[key].dtype}; expected floating point")
     file_A, file_B = found[names[0]], found[names[1]]
     A, B = weights.specs[file_A], weights.specs[file_B]
     rank = pattern_value(config.get("rank_pattern"), module, config.get("r"))
     alpha = pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    if type(rank) is not int or rank < 1:
+        raise InputError(f"{label}: the rank (r) of {module!r} is {rank!r} in {CONFIG}; expected an int of at least 1")
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise InputError(f"{label}: the lora_alpha of {module!r} is {alpha!r} in {CONFIG}; expected a finite number")
     if len(A.shape) < 2 or len(B.shape) < 2 or A.shape[0] != rank or B.shape[1] != rank:
         raise ShapeError(
             f"{label}: {module!r} has factors A {A.shape} and B {B.shape}; expected the rank {rank} of {CONFIG} "
             "(of several patterns that match, PEFT takes the first; convolutions in groups have no mergeable update)"
         )
+    if len(B.shape) != len(A.shape) or any(width != 1 for width in B.shape[2:]):
+        want = (B.shape[0], rank, *(1 for _ in A.shape[2:]))
+        raise ShapeError(f"{label}: {module!r} has factors A {A.shape} and B {B.shape}; expected B {want}")
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    if len(A.shape) > 2:
-        shape: tuple[int, ...] = (B.shape[0], *A.shape[1:])
-    else:
-        shape = (B.shape[0], A.shape[1])
+    shape = (B.shape[0], *A.shape[1:])
     key = f"{module}.weight"
     transposed = embedding or (len(shape) == 2 and _transposed(module, key, shape, config, base))
     shape = shape[::-1] if transposed else shape
@@ -187,8 +213,14 @@ def _module_parts(
         if base.spec(key).shape != shape:
             raise StateMismatchError(f"base[{key!r}] has shape {base.spec(key).shape}; {label} has {shape}")
     magnitude = found.get("lora_magnitude_vector")
-    if config.get("use_dora") and magnitude is None:
-        raise InputError(f"{label}: use_dora is set, but {module!r} lacks lora_magnitude_vector")
+    if bool(config.get("use_dora")) != (magnitude is not None):
+        problem = "is set, but {!r} lacks" if magnitude is None else "is not set, but {!r} has"
+        raise InputError(f"{label}: use_dora {problem.format(module)} lora_magnitude_vector")
+    if magnitude is not None and weights.specs[magnitude].size != B.shape[0]:
+        raise ShapeError(
+            f"{label}: {module!r} has a lora_magnitude_vector {weights.specs[magnitude].shape}; expected {B.shape[0]} "
+            "magnitudes, one for each row of B"
+        )
     if magnitude is not None and base is None:
         raise InputError(
             f"{label}: use_dora is set, so that the update of {module!r} depends on the base model; pass base="
@@ -204,9 +236,15 @@ def _module_parts(
             delta = moved * (weights[magnitude].to(dtype).reshape(-1, 1) / length) - before
         return (delta.T if transposed else delta).reshape(shape)
 
-    spec = Spec(shape, torch.promote_types(A.dtype, B.dtype), A.device)
+    spec = Spec(shape, torch.float64 if torch.float64 in (A.dtype, B.dtype) else torch.float32, A.device)
     parts = [(key, Part(spec, make))]
     if bias := found.get("lora_B.bias"):
+        if weights.specs[bias].shape != B.shape[:1]:
+            raise ShapeError(
+                f"{label}: {module!r} has a lora_B.bias {weights.specs[bias].shape}; expected {B.shape[:1]}"
+            )
+        if base is not None and f"{module}.bias" not in base:
+            raise StateMismatchError(f"base lacks '{module}.bias', which {label} changes")
         parts.append((f"{module}.bias", Part(weights.specs[bias], lambda dtype: weights[bias].to(dtype) * scale)))
     return parts
 

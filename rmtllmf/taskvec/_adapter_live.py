@@ -142,7 +142,8 @@ def _layer_parts(layer: Any, chosen: str, label: str) -> Iterator[tuple[str, Par
     dtype = factors[0].dtype if factors else torch.float32
 
     def make(wanted: torch.dtype) -> Tensor:
-        return _own_copy(layer, wanted).get_delta_weight(chosen).detach().to(wanted)
+        delta = _own_copy(layer, wanted).get_delta_weight(chosen).detach()
+        return (delta.to_dense() if delta.is_sparse else delta).to(wanted)  # SHiRA's is sparse
 
     shape = weight.shape if weight.is_floating_point() else make(torch.float32).shape  # packed, if quantised
     yield last, Part(Spec(tuple(shape), dtype, weight.device), make)

@@ -59,21 +59,20 @@ class Checkpoint(Source):
         self.files, index = files_of(path, label)
         self.specs: dict[str, Spec] = {}
         self.places: dict[str, Place] = {}
-        self.metadata: list[dict[str, str]] = []
         self.descriptors: list[int] = []
         self._local = threading.local()
         try:
             for number, file in enumerate(self.files):
                 self.descriptors.append(os.open(file, os.O_RDONLY))
-                entries, metadata = read_header(self.descriptors[-1], f"{label}: {file}")
+                entries = read_header(self.descriptors[-1], f"{label}: {file}")
                 for key, (spec, start, stop) in entries.items():
                     if key in self.specs:
                         other = self.files[self.places[key].file]
                         raise InputError(f"{label}: {key!r} is in {other.name!r} and in {file.name!r}")
                     self.specs[key], self.places[key] = spec, Place(number, start, stop)
-                self.metadata.append(metadata)
             if index is not None:
                 self._check(index)
+            self._stamps = self._stamped()
         except BaseException:
             self.close()
             raise
@@ -95,7 +94,7 @@ class Checkpoint(Source):
             return buffer
         stage = getattr(self._local, "stage", None)
         if stage is None or len(stage) < length:
-            stage = self._local.stage = torch.empty(length, dtype=torch.uint8)
+            stage = self._local.stage = torch.empty(length, dtype=torch.uint8, device="cpu")
         self.read_bytes(place.file, offset, stage[:length])
         return buffer.copy_(stage[:length].view(spec.dtype))
 
@@ -111,7 +110,19 @@ class Checkpoint(Source):
     def fingerprint(self) -> list[Any]:
         """What changes when a file does."""
         stats = [os.fstat(descriptor) for descriptor in self.descriptors]
-        return [[str(f.resolve()), s.st_size, s.st_mtime_ns] for f, s in zip(self.files, stats, strict=True)]
+        return [
+            [str(file.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+            for file, stat in zip(self.files, stats, strict=True)
+        ]
+
+    def check_unchanged(self) -> None:
+        """Raise if something was written to a file since it was opened."""
+        if self._stamped() != self._stamps:
+            raise InputError(f"{self.label}: its file was changed while it was read")
+
+    def _stamped(self) -> list[tuple[int, int]]:
+        stats = [os.fstat(descriptor) for descriptor in self.descriptors]
+        return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
     def close(self) -> None:
         """Close the files; it cannot be read from any more."""
@@ -119,9 +130,20 @@ class Checkpoint(Source):
             os.close(self.descriptors.pop())
 
 
+def checked_path(path: object, argument: str) -> Path:
+    """A path, for sure."""
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise TypeError(
+            f"{argument}: expected a path, got {type(path).__name__}; `fuse` is for models that are in memory"
+        )
+    if not os.fspath(path) or "\0" in os.fspath(path):
+        raise InputError(f"{argument}: expected a path, got {os.fspath(path)!r}")
+    return Path(path)
+
+
 def files_of(path: str | os.PathLike[str], label: str) -> tuple[list[Path], dict[str, str] | None]:
     """The files of a checkpoint, and name -> file name if an index says so."""
-    where = Path(os.fspath(path))
+    where = checked_path(path, label)
     if where.is_dir():
         indices = sorted(where.glob("*.safetensors.index.json"))
         singles = sorted(where.glob("*.safetensors"))
@@ -166,8 +188,8 @@ def _index(path: Path, label: str) -> dict[str, str]:
     return index
 
 
-def read_header(descriptor: int, label: str) -> tuple[dict[str, tuple[Spec, int, int]], dict[str, str]]:
-    """Name -> (spec, first byte, byte after the last) of a safetensors file, and its metadata; nothing is believed."""
+def read_header(descriptor: int, label: str) -> dict[str, tuple[Spec, int, int]]:
+    """Name -> (spec, first byte, byte after the last) of a safetensors file; nothing is believed."""
     size = os.fstat(descriptor).st_size
     start = os.pread(descriptor, 8, 0)
     if len(start) < 8:
@@ -177,12 +199,12 @@ def read_header(descriptor: int, label: str) -> tuple[dict[str, tuple[Spec, int,
         raise InputError(f"{label} is no safetensors file: its header would be {length} bytes long")
     try:
         header = json.loads(os.pread(descriptor, length, 8).decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
+        "".join(header).encode("utf-8")  # JSON may hold halves of characters, which nothing could write again
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{label} is no safetensors file: its header cannot be read ({error})") from None
     if not isinstance(header, dict):
         raise InputError(f"{label} is no safetensors file: its header is no mapping")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
+    if not isinstance(header.pop("__metadata__", {}), dict):
         raise InputError(f"{label}: its metadata is no mapping")
     first, data = 8 + length, size - 8 - length
     entries = {key: _entry(key, value, first, data, label) for key, value in header.items()}
@@ -193,7 +215,7 @@ def read_header(descriptor: int, label: str) -> tuple[dict[str, tuple[Spec, int,
         end = stop
     if end != size:
         raise InputError(f"{label}: {size - end} bytes at its end belong to no tensor")
-    return entries, metadata
+    return entries
 
 
 def _entry(key: str, value: Any, first: int, data: int, label: str) -> tuple[Spec, int, int]:
@@ -202,9 +224,9 @@ def _entry(key: str, value: Any, first: int, data: int, label: str) -> tuple[Spe
         numbers = [*shape, begin, stop]
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{label}: the entry {key!r} of its header makes no sense") from None
-    if not all(type(number) is int and number >= 0 for number in numbers) or not begin <= stop <= data:
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers) or not begin <= stop <= data:
         raise InputError(f"{label}: the entry {key!r} has the shape {shape!r} and the offsets {begin!r} to {stop!r}")
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise InputError(f"{label}: {key!r} is of dtype {name!r}; known are {', '.join(DTYPES)}")
     if prod(shape) * DTYPES[name].itemsize != stop - begin:
         raise InputError(f"{label}: {key!r} of shape {shape} and dtype {name} cannot take {stop - begin} bytes")

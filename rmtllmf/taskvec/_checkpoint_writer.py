@@ -7,12 +7,13 @@ the same boot of the same machine: what a killed process has written is in the s
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import struct
 import threading
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +21,38 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, NonFiniteError
-from ._checkpoint import NAMES, Checkpoint
+from ._checkpoint import NAMES, Checkpoint, checked_path
 from ._sinks import Storage, overflows
 from ._sources import Source, Spec
 
 _COPY = 1 << 22  # bytes copied at once
+_OTHER_FILES = (".bin", ".ckpt", ".gguf", ".h5", ".json", ".npz", ".onnx", ".pkl", ".pt", ".pth", ".safetensor", ".sft")
 
 
 class Files(Storage):
     """Writes a model of the names and shapes of `base`: what is fused, piece by piece, and the rest as it is there.
 
-    The fused entries take the dtype that they are opened with.
+    The fused entries take the dtype that they are opened with. `models` are all that is read, the base first.
     """
 
-    def __init__(self, base: Checkpoint, out: str | os.PathLike[str], request: dict[str, Any]) -> None:
-        self.base = base
-        self.out = Path(os.fspath(out))
+    def __init__(self, models: Sequence[Checkpoint], out: str | os.PathLike[str], request: dict[str, Any]) -> None:
+        self.models, self.base = models, models[0]
+        self.out = checked_path(out, "out")
         self.single = self.out.name.endswith(".safetensors")
-        if not self.single and (self.out.suffix or self.out.is_file()):
+        if not self.single and (self.out.suffix.lower() in _OTHER_FILES or self.out.is_file()):
             raise InputError(f"out: expected a path that ends in .safetensors, or a folder, got {str(self.out)!r}")
+        if self.single and self.out.is_dir():
+            raise InputError(f"out: {str(self.out)!r} is a folder; expected a file, or a folder that does not exist")
         if not self.single and self.out.exists():
             raise FileExistsError(f"out: the folder {str(self.out)!r} exists; a folder cannot be replaced atomically")
         if not self.out.parent.is_dir():
             raise FileNotFoundError(f"out: there is no folder {str(self.out.parent)!r}")
-        if self.single and self.out.exists() and any(self.out.samefile(file) for file in base.files):
-            raise InputError("out: is the base itself, which must not be written to")
+        for model in models if self.out.exists() else ():
+            if any(self.out.samefile(file) for file in model.files):
+                raise InputError(f"out: is {model.label} itself, which must not be written to")
         self.part = self.out.with_name(f".{self.out.name}.part")
         self.journal = self.out.with_name(f".{self.out.name}.part.journal")
-        self.request = request | {"boot": _boot()}
+        self.request = request | {"files": [model.fingerprint() for model in models], "boot": _boot()}
         self._finished: set[str] = set()
         self._left: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -67,10 +72,11 @@ class Files(Storage):
         request = json.dumps(self.request | {"specs": {k: [NAMES[s.dtype], s.shape] for k, s in self.specs.items()}})
         self._log.seek(0)
         lines = self._log.read().split("\n")
+        finished = _names(lines[1:-1], self.fused)  # the last may be cut short
         going_on = lines[0] == request and self.request["boot"] is not None and self._parts_are_there(layout)
-        if going_on:
+        if going_on and finished is not None:
             self._log.truncate(sum(len(line.encode()) + 1 for line in lines[:-1]))
-            self._finished = {json.loads(line) for line in lines[1:-1]} & self.fused  # the last may be cut short
+            self._finished = finished
         else:
             self._begin(request, layout)
         paths = [self._path(name) for name, _, _ in layout]
@@ -114,6 +120,8 @@ class Files(Storage):
         return all(path.is_file() and path.stat().st_size == size for path, size in paths)
 
     def _begin(self, request: str, layout: list[tuple[str, bytes, int]]) -> None:
+        self._log.seek(0)
+        self._log.truncate()  # first: it must never stand beside parts that it is not about
         _remove(self.part)
         if not self.single:
             self.part.mkdir()
@@ -121,8 +129,6 @@ class Files(Storage):
             with open(self._path(name), "xb") as file:
                 file.write(header)
                 file.truncate(size)
-        self._log.seek(0)
-        self._log.truncate()
         self._log.write(request + "\n")
         self._log.flush()
 
@@ -132,7 +138,7 @@ class Files(Storage):
         if spec.dtype != values.dtype:
             stage = getattr(self._local, "stage", None)
             if stage is None or len(stage) < count or stage.dtype != spec.dtype:
-                stage = self._local.stage = torch.empty(count, dtype=spec.dtype)
+                stage = self._local.stage = torch.empty(count, dtype=spec.dtype, device="cpu")
             narrow = stage[:count].copy_(values)
             if overflows(values, narrow):
                 raise NonFiniteError(f"the fused {key!r} overflows {spec.dtype}")
@@ -157,7 +163,7 @@ class Files(Storage):
 
     def done(self) -> dict[str, Any]:
         """Carry over what was not fused, make sure that all of it is on disk, and give it its name."""
-        stage = torch.empty(_COPY, dtype=torch.uint8)
+        stage = torch.empty(_COPY, dtype=torch.uint8, device="cpu")
         for key, spec in self.base.specs.items():
             if key in self.fused:
                 continue
@@ -166,6 +172,8 @@ class Files(Storage):
                 piece = stage[: min(_COPY, end - begin - at)]
                 self.base.read_bytes(source, begin + at, piece)
                 self._write_bytes(file, offset + at, piece)
+        for model in self.models:
+            model.check_unchanged()
         for descriptor in self.descriptors:
             os.fsync(descriptor)
         if not self.single and len(self.base.files) > 1:
@@ -199,19 +207,39 @@ def _boot() -> str | None:
         return None
 
 
+def _names(lines: Sequence[str], known: Container[str]) -> set[str] | None:
+    """The names that the lines of a journal hold; None if it is damaged."""
+    try:
+        names = [json.loads(line) for line in lines]
+    except ValueError:
+        return None
+    return set(names) if all(isinstance(name, str) and name in known for name in names) else None
+
+
 def _locked(path: Path) -> Any:
     """The journal, open and ours alone."""
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
-    try:
-        import fcntl
+    while True:
+        try:
+            file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed by `close`)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise type(error)(error.errno, f"out: the folder {str(path.parent)!r} cannot be written to") from None
+        try:
+            import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # not on this system: two runs into one target are the caller's to avoid
-        pass
-    except OSError:
-        file.close()
-        raise InputError(f"out: another process is writing {str(path.name)!r}") from None
-    return file
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise InputError(f"out: another process is writing {path.name!r}") from None
+        except (ImportError, OSError):  # not on this system: two runs into one target are the caller's to avoid
+            return file
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        except FileNotFoundError:
+            pass
+        file.close()  # another process has finished and removed it since it was opened
 
 
 def _remove(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._sharded import any_process, local, part_of, same_layout, sharded_like
+from .._sharded import any_process, largest_of_all, local, part_of, same_layout, sharded_like
 from .._state import all_finite
 from ..errors import NonFiniteError, StateMismatchError
 from ._sinks import Memory, Sink
@@ -21,6 +21,8 @@ from ._sources import Source, Spec
 
 if TYPE_CHECKING:
     from ._engine import Fusion
+
+ELSEWHERE = "another process could not fuse its part of the vectors; its error says why"
 
 
 def templates_of(sources: list[Source]) -> dict[str, Tensor]:
@@ -32,9 +34,7 @@ def templates_of(sources: list[Source]) -> dict[str, Tensor]:
             templates[key] = template
         for source in sources[1:]:
             other = source.template(key)
-            if (other is None) != (template is None) or (
-                other is not None and template is not None and not same_layout(other, template)
-            ):
+            if not same_layout(other, template):
                 raise StateMismatchError(
                     f"{source.label}[{key!r}] is not spread over the processes as {sources[0].label}'s is; "
                     "redistribute one of them"
@@ -60,18 +60,31 @@ def run_spread(fusion: Fusion, run: Callable[[Fusion], Any], *, by_part: bool) -
         result = run(inner)
     except Exception as error:
         failure = error
-    if any_process(failure is not None, next(iter(fusion.templates.values()))):
-        raise failure or NonFiniteError("another process could not fuse its part of the vectors; its error says why")
+    agree(failure, fusion.templates)
     given = fusion.sink.out if isinstance(fusion.sink, Memory) else None
-    spread = {}
+    spread: dict[str, Tensor] = {}
     for key, part in result.items():
-        template = fusion.templates.get(key)
-        spread[key] = given[key] if given else part if template is None else sharded_like(part, template)
+        template, original = fusion.templates.get(key), fusion.alias.get(key)
+        if given is not None:
+            spread[key] = given[key]
+        elif original is not None and result[original] is part and original in spread:
+            spread[key] = spread[original]
+        else:
+            spread[key] = part if template is None else sharded_like(part, template)
     return spread
 
 
+def agree(failure: Exception | None, templates: Mapping[str, Tensor]) -> None:
+    """Raise `failure`, on all processes if one of them has one. All of them must ask, at the same place."""
+    if any_process(failure is not None, next(iter(templates.values()))):
+        raise failure or NonFiniteError(ELSEWHERE)
+
+
 class Scattered(Sink):
-    """Collects a whole tensor, and hands on the part that this process holds."""
+    """Collects a whole tensor, and hands on the part that this process holds.
+
+    Whether that went well is agreed on at once: a process that went on alone would wait for the others forever.
+    """
 
     def __init__(self, inner: Sink, templates: Mapping[str, Tensor]) -> None:
         self.inner, self.templates = inner, templates
@@ -81,12 +94,27 @@ class Scattered(Sink):
     def open(self, specs: Mapping[str, Spec], alias: Mapping[str, str], sources: list[Source]) -> None:
         self.specs = specs
         parts = {key: _local_spec(spec, self.templates.get(key)) for key, spec in specs.items()}
-        self.inner.open(parts, alias, [part for source in sources if (part := source.local()) is not None])
+        here = [part for source in sources if (part := source.local()) is not None]
+        self._agreed(lambda: self.inner.open(parts, alias, here))
+
+    def _agreed(self, step: Callable[[], bool | None]) -> bool:
+        """What `step` says, which is False on all processes if it is on one of them; they fail together too."""
+        failure: Exception | None = None
+        answer: bool | None = True
+        try:
+            answer = step()
+        except Exception as error:
+            failure = error
+        flags = [float(failure is not None), float(answer is False)]
+        failed, refused = largest_of_all(flags, next(iter(self.templates.values())))
+        if failed:
+            raise failure or NonFiniteError(ELSEWHERE)
+        return not refused
 
     def write(self, key: str, start: int, update: Tensor) -> bool:
         template = self.templates.get(key)
         if template is None:
-            return self.inner.write(key, start, update)
+            return self._agreed(lambda: self.inner.write(key, start, update))
         if not all_finite(update):  # all processes see the same
             return False
         size = self.specs[key].size
@@ -97,8 +125,7 @@ class Scattered(Sink):
         if not self._left:
             part = part_of(self._whole.view(self.specs[key].shape), template).reshape(-1)
             self._whole = None
-            if len(part):
-                return self.inner.write(key, 0, part)
+            return self._agreed(lambda: self.inner.write(key, 0, part) if len(part) else True)
         return True
 
     def done(self) -> Any:

@@ -19,7 +19,7 @@ from .._state import Tensors, all_finite, select_names
 from .._threads import share_out
 from ..errors import InputError, NonFiniteError
 from ._distributed import run_spread, templates_of
-from ._options import FusionOptions, checked_options, weights_of
+from ._options import FusionOptions, checked_dtype, checked_options, weights_of
 from ._sinks import Memory, Sink
 from ._sources import Source, Spec, bendable, sources_of
 from .vector import TaskVector
@@ -55,6 +55,7 @@ class Fusion:
     """Vectors and options, checked, and what can be done with them.
 
     Attributes:
+        argument: what errors call the vectors.
         count: number of vectors.
         keys: the names that are fused, one for each memory, in the order given.
         specs: what the update is, for each of `keys`.
@@ -66,6 +67,7 @@ class Fusion:
 
     def __init__(self, vectors: Iterable[Tensors], options: FusionOptions, *, argument: str = "vectors") -> None:
         options = checked_options(options)
+        self.argument = argument
         self.sources: Sequence[Source] = sources_of(vectors, argument)
         self.count = len(self.sources)
         names = [key for key, spec in self.sources[0].specs.items() if bendable(key, spec)]
@@ -79,12 +81,16 @@ class Fusion:
         out: Any = options.get("out")
         self.sink: Sink = out if isinstance(out, Sink) else Memory(out)
         self.keys, self.alias = self._ties(names)
+        for key in self.keys:
+            for source in self.sources:
+                checked_dtype(source.specs[key].dtype, f"{source.label}[{key!r}]")
         compute = options.get("compute_dtype")
         self.compute = {key: compute or self._calculated_in(key) for key in self.keys}
         dtype = options.get("dtype")
         self.specs = {key: self._spec(key, dtype) for key in self.keys}
         self.differentiable = torch.is_grad_enabled() and any(source.wants_gradient for source in self.sources)
         self.templates = templates_of(list(self.sources))
+        self.sink.check_layout(self.keys, self.templates)
         self.together = False
         self.progress = bool(options.get("progress", False))
 
@@ -207,7 +213,7 @@ class Fusion:
             return part
 
         target = None if sink is None else sink.target(key, start, stop)
-        if target is None or target.dtype != dtype:
+        if target is None or target.dtype != dtype or target.device != device:
             target = space.row(-1, length)
         return Piece(key, start, stop, target, lambda slot: space.row(-2 - slot, length), self.count, read)
 

@@ -12,7 +12,7 @@ from ..errors import ConvergenceError
 Array: TypeAlias = NDArray[Any]
 
 SAME = 1e-12  # squared distance, relative to that from the most central point, below which two points count as one
-FAR = 1e8  # squared distance from the most central point, relative to the median one, that needs inner products
+FAR = 1e8  # ratio of squared distances from the most central point above which inner products are needed
 SLACK = 1e-9  # relative excess of the pull on a given point that still counts as held
 
 
@@ -62,7 +62,7 @@ def most_central(squared: Array) -> int:
 def gram_from(squared: Array) -> Array | None:
     """Inner products around the most central point; None if the distances are too different for that."""
     around = squared[most_central(squared)]
-    if around.max() > FAR * np.median(around):
+    if around.max() > FAR * np.min(around, where=around > 0, initial=np.inf):
         return None
     return np.asarray((around[:, None] + around - squared) / 2)
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .._state import all_finite
+from ..errors import InputError
 from ._engine import Fusion, Piece
+from ._sinks import Memory
 from ._sources import Stored
 from .vector import TaskVector
 
@@ -42,14 +44,23 @@ def weighted_sum(fusion: Fusion, coefficients: Callable[[str], Sequence[float]])
 
 def _differentiable(fusion: Fusion, coefficients: Callable[[str], Sequence[float]]) -> TaskVector:
     """The same with torch's own operations on whole tensors, through which gradients flow."""
+    if not isinstance(fusion.sink, Memory) or fusion.sink.out is not None:
+        raise InputError(
+            f"{fusion.argument}: gradients do not flow through fuse() or into out=...; detach the vectors, or call "
+            "the rule without `out` and apply_to(base)"
+        )
     result: dict[str, Tensor] = {}
     for key in fusion.keys:
         spec, dtype = fusion.specs[key], fusion.compute[key]
-        total = torch.zeros(spec.shape, dtype=dtype, device=spec.device)
+        total: Tensor | None = None
         for source, a in zip(fusion.sources, coefficients(key), strict=True):
             if a != 0:
                 given = source.given[key] if isinstance(source, Stored) else source.whole(key)
-                total = total + a * given.to(spec.device, dtype)
+                term = a * given.to(spec.device, dtype)
+                total = term if total is None else total + term
+        if total is None:
+            like = fusion.templates.get(key, torch.empty(spec.shape, device=spec.device))
+            total = torch.zeros_like(like, dtype=dtype)
         result[key] = total.to(spec.dtype)
         if not all_finite(result[key]):
             raise fusion.blame(key)

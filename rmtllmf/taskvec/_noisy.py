@@ -29,11 +29,11 @@ class Noisy(Source):
     def __init__(self, inner: Source, user: int, mse: float, scale: dict[str, float], seed: int) -> None:
         self.inner, self.user, self.scale, self.seed = inner, user, scale, seed
         self.label, self.specs = inner.label, inner.specs
-        self.amplitude = torch.tensor(mse, dtype=torch.float64).sqrt()
+        self.amplitude = torch.tensor(mse, dtype=torch.float64, device="cpu").sqrt()
         self.keys_sent = sorted(key for key, spec in self.specs.items() if bendable(key, spec))
         ends = list(accumulate(self.specs[key].size for key in self.keys_sent))
         self.starts = dict(zip(self.keys_sent, [0, *ends], strict=False))
-        self.length = ends[-1]
+        self.length = ends[-1] if ends else 0
         double = any(self.specs[key].dtype == torch.float64 for key in self.keys_sent)
         self.dtype = torch.float64 if double else torch.float32
         self._local = threading.local()
@@ -67,7 +67,7 @@ class Noisy(Source):
         last = self._local
         if getattr(last, "chunk", None) != chunk:
             if not hasattr(last, "source"):
-                last.source, last.space = torch.Generator(), torch.empty(_CHUNK, dtype=self.dtype)
+                last.source, last.space = torch.Generator("cpu"), torch.empty(_CHUNK, dtype=self.dtype, device="cpu")
             length = min(_CHUNK, self.length - chunk * _CHUNK)
             reseed(last.source, self.seed, self.user, chunk)
             last.white = last.space[: length + length % 2].normal_(generator=last.source)
@@ -125,9 +125,10 @@ def _scales(vectors: Sequence[Source], scale: str | float) -> list[dict[str, flo
             each = {k: math.sqrt(v / max(1, size[k])) if scale.endswith("rms") else v for k, v in measured.items()}
             result.append({key: value if size[key] else 1.0 for key, value in each.items()})
         elif scale == "rms":
-            result.append(dict.fromkeys(keys, math.sqrt(math.fsum(measured.values()) / sum(size.values()))))
+            entries = sum(size.values())
+            result.append(dict.fromkeys(keys, math.sqrt(math.fsum(measured.values()) / entries) if entries else 1.0))
         else:
-            result.append(dict.fromkeys(keys, max(measured.values())))
+            result.append(dict.fromkeys(keys, max(measured.values()) if any(size.values()) else 1.0))
         for key, value in result[-1].items():
             if value == 0:
                 raise InputError(f"{vector.label}[{key!r}] cannot be normalised: it does not differ from base")

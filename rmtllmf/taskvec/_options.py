@@ -15,6 +15,9 @@ from ..errors import InputError, ShapeError
 Weights: TypeAlias = Sequence[float] | Tensor | Mapping[str, float | Sequence[float] | Tensor]
 
 
+_SCALES_AND_PACKED = ("float8_e8m0fnu", "float4_e2m1fn_x2")  # of microscaling formats
+
+
 class FusionOptions(TypedDict, total=False):
     r"""Keyword arguments that every rule takes beside its own.
 
@@ -27,7 +30,8 @@ class FusionOptions(TypedDict, total=False):
         compute_dtype: torch.float32 or torch.float64, in which is calculated; by default float32, and float64 for
             entries that are.
         out: a mapping of name -> tensor, with exactly the names and shapes of the update, that is written to and that
-            the update is made of: no fresh memory is needed. Must not share memory with the vectors.
+            the update is made of: no fresh memory is needed. Must not share memory with the vectors, none of which
+            may require gradients.
         progress: show a progress bar.
 
     Example:
@@ -56,13 +60,27 @@ def checked_options(options: Mapping[str, Any]) -> FusionOptions:
             f"unexpected keyword {quoted(unknown)}; beside the rule's own there are "
             f"{quoted(FusionOptions.__annotations__, 9)}"
         )
-    for name, allowed in (("compute_dtype", (torch.float32, torch.float64)), ("dtype", None)):
-        value = options.get(name)
-        if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
-            raise TypeError(f"{name}: expected a floating-point torch.dtype or None, got {value!r}")
-        if value is not None and allowed and value not in allowed:
-            raise InputError(f"{name}: expected torch.float32 or torch.float64, got {value}")
+    checked_dtype(options.get("dtype"))
+    compute = checked_dtype(options.get("compute_dtype"), "compute_dtype")
+    if compute not in (None, torch.float32, torch.float64):
+        raise InputError(f"compute_dtype: expected torch.float32 or torch.float64, got {compute}")
     return FusionOptions(**options)  # type: ignore[typeddict-item]
+
+
+def checked_dtype(value: object, argument: str = "dtype") -> torch.dtype | None:
+    """Raise unless it is None, or a floating-point dtype with a sign and a number in each entry."""
+    if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+        raise TypeError(f"{argument}: expected a floating-point torch.dtype or None, got {value!r}")
+    if str(value).removeprefix("torch.") in _SCALES_AND_PACKED:
+        raise InputError(f"{argument}: expected a dtype that holds any number, got {value}")
+    return value
+
+
+def plain_number(value: object, argument: str) -> float:
+    """A finite number; an error for one that gradients should flow to."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise InputError(f"{argument}: gradients do not flow through it; pass {argument}.detach()")
+    return finite_number(value, argument)
 
 
 def weights_of(weights: Weights | None, count: int, keys: Sequence[str]) -> Callable[[str], list[float]]:
@@ -73,6 +91,9 @@ def weights_of(weights: Weights | None, count: int, keys: Sequence[str]) -> Call
     if not isinstance(weights, Mapping):
         same = _numbers(weights, count, "weights")
         return lambda key: same
+    for pattern in weights:
+        if not isinstance(pattern, str):
+            raise TypeError(f"weights: expected names or glob patterns as keys, got {type(pattern).__name__}")
     patterns = [(pattern, _numbers(value, count, f"weights[{pattern!r}]")) for pattern, value in weights.items()]
     table: dict[str, list[float]] = {}
     used: set[str] = set()
@@ -91,6 +112,8 @@ def weights_of(weights: Weights | None, count: int, keys: Sequence[str]) -> Call
 def _numbers(value: Any, count: int, argument: str) -> list[float]:
     if isinstance(value, Tensor) and value.requires_grad:
         raise InputError(f"{argument}: gradients do not flow through the weights; pass weights.detach()")
+    if isinstance(value, set | frozenset | Mapping):
+        raise TypeError(f"{argument}: expected a number or numbers in order, got {type(value).__name__}")
     if isinstance(value, str | bytes) or not (isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0):
         if argument == "weights":
             raise TypeError(f"weights: expected {count} numbers or a mapping, got {type(value).__name__}")

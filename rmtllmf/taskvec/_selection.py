@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -31,17 +32,20 @@ Place = tuple[str, int]  # name and first entry of a piece
 Unit = tuple[int, int]  # group of names, and vector
 
 
-class Cut(NamedTuple):
+@dataclass
+class Cut:
     """What is kept of one vector: all magnitudes above `threshold`, and of those equal to it the first ones.
 
     Attributes:
         threshold: the smallest magnitude that is kept.
         room: how many of the entries equal to the threshold are kept in a piece, None for all of them, and none in
             pieces that are not named; or None: all in every piece.
+        ends: the first entry, in a piece with room for some, that finds none: known once it has been looked for.
     """
 
     threshold: float
     room: dict[Place, int | None] | None
+    ends: dict[Place, int] = field(default_factory=dict)
 
     def keep(self, vector: int, piece: Piece, block: slice, out: Tensor) -> Tensor:
         """A block of a vector's part of `piece` with all other entries set to zero, in `out`; NaN stays NaN."""
@@ -53,9 +57,21 @@ class Cut(NamedTuple):
             bound = _next(bound, part.dtype)
         torch.ops.aten.hardshrink.out(part[block], max(bound, 0.0), out=out)  # keeps |x| > bound
         if room and not strict:
-            equal = (part.abs() == self.threshold).nonzero()[room:, 0] - block.start
-            out[equal[(equal >= 0) & (equal < len(out))]] = 0.0
+            place = (piece.key, piece.start)
+            if place not in self.ends:
+                self.ends[place] = self._end(part, room, len(out))
+            surplus = slice(max(self.ends[place] - block.start, 0), None)
+            out[surplus].masked_fill_(part[block][surplus].abs() == self.threshold, 0.0)
         return out
+
+    def _end(self, part: Tensor, room: int, step: int) -> int:
+        """Where in `part` the entry is that equals the threshold when `room` others have."""
+        for start in range(0, len(part), step):
+            equal = part[start : start + step].abs() == self.threshold
+            if (count := int(equal.sum())) > room:
+                return start + int(equal.nonzero()[room, 0])
+            room -= count
+        return len(part)
 
 
 def how_many(density: float, size: int) -> int:

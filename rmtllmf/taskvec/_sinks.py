@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Hashable, Mapping
+from collections.abc import Container, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._sharded import local
-from .._state import all_finite, check_keys, identity
+from .._sharded import is_sharded, local, same_layout
+from .._state import Tensors, all_finite, check_keys, identity
 from ..errors import InputError, NonFiniteError, StateMismatchError
-from ._sources import Base, Source, Spec
+from ._sources import Base, Source, Spec, spec_of
 
 
 class Sink(ABC):
@@ -50,6 +50,11 @@ class Sink(ABC):
     def local(self) -> Sink:
         """A sink for what this process holds of tensors that are spread over several."""
 
+    def check_layout(  # noqa: B027 (fresh memory and files have nothing to check)
+        self, keys: Sequence[str], templates: Mapping[str, Tensor]
+    ) -> None:
+        """Raise unless what is written to (or added to) is spread over the processes like `templates`."""
+
 
 class Storage(Sink):
     """A sink that keeps what it is given."""
@@ -70,25 +75,46 @@ class Storage(Sink):
 
 
 class Memory(Storage):
-    """Tensors of the update: fresh ones, or the caller's (which may hold `more` than these)."""
+    """Tensors of the update: fresh ones, or the caller's, in which there is `rest` beside the update."""
 
-    def __init__(self, out: Mapping[str, Tensor] | None = None, *, more: bool = False) -> None:
-        self.out, self.more = out, more
+    def __init__(self, out: Mapping[str, Tensor] | None = None, rest: Tensors | None = None) -> None:
+        self.out, self.rest = out, rest
 
     def open(self, specs: Mapping[str, Spec], alias: Mapping[str, str], sources: list[Source]) -> None:
         if self.out is None:
             self.tensors = {k: torch.empty(s.shape, dtype=s.dtype, device=s.device) for k, s in specs.items()}
         else:
-            if self.more and isinstance(self.out, Mapping):
-                self.out = {key: self.out[key] for key in [*specs, *alias] if key in self.out}
-            check_out(self.out, specs, alias, sources)
+            rest, same = self._carried(specs, alias)
+            check_out(self.out, {**specs, **rest}, {**alias, **same}, sources)
             self.tensors = {key: self.out[key].detach() for key in specs}
         self.specs, self.alias = specs, alias
         self.flat = {key: tensor.view(-1) for key, tensor in self.tensors.items() if tensor.is_contiguous()}
 
+    def _carried(self, specs: Mapping[str, Spec], alias: Mapping[str, str]) -> tuple[dict[str, Spec], dict[str, str]]:
+        """What is carried over beside the update, and what of it is tied to something."""
+        rest = self.rest or {}
+        known = {identity(rest[key]): key for key in specs if key in rest}
+        carried: dict[str, Spec] = {}
+        same: dict[str, str] = {}
+        for key in rest:
+            if key not in specs and key not in alias:
+                original = known.setdefault(identity(rest[key]), key)
+                if original == key:
+                    carried[key] = spec_of(rest[key])
+                else:
+                    same[key] = original
+        return carried, same
+
     def local(self) -> Memory:
         out = self.out
-        return Memory(local_parts(out) if isinstance(out, Mapping) else out, more=self.more)
+        rest = None if self.rest is None else local_parts(self.rest)
+        return Memory(local_parts(out) if isinstance(out, Mapping) else out, rest)
+
+    def check_layout(self, keys: Sequence[str], templates: Mapping[str, Tensor]) -> None:
+        like = {**(self.rest or {}), **templates}
+        for key, tensor in self.out.items() if isinstance(self.out, Mapping) else ():
+            if isinstance(tensor, Tensor):
+                check_layout(f"out[{key!r}]", tensor, like.get(key))
 
     def target(self, key: str, start: int, stop: int) -> Tensor | None:
         flat = self.flat.get(key)
@@ -151,6 +177,11 @@ class Applied(Sink):
     def done(self) -> Any:
         return self.inner.done()
 
+    def check_layout(self, keys: Sequence[str], templates: Mapping[str, Tensor]) -> None:
+        for key in keys:
+            check_layout(f"base[{key!r}]", self.base.source.template(key), templates.get(key))
+        self.inner.check_layout(keys, templates)
+
     def local(self) -> Applied:
         base = self.base.local()
         assert base is not None  # a base is stored, not made on demand
@@ -164,6 +195,8 @@ def local_parts(out: Mapping[str, Any]) -> dict[str, Any]:
 
 def overflows(wide: Tensor, narrow: Tensor) -> bool:
     """Whether something finite became infinite in the narrower dtype; what was infinite before may stay so."""
+    if narrow.dtype == torch.float8_e4m3fn:  # has no infinity: torch takes the largest number instead
+        return bool((torch.isfinite(wide) & (wide.abs() > 464)).any())  # what would be rounded to more than 448
     return not all_finite(narrow) and bool((torch.isfinite(wide) & ~torch.isfinite(narrow)).any())
 
 
@@ -174,14 +207,6 @@ def check_out(
     if not isinstance(out, Mapping):
         raise TypeError(f"{argument}: expected a mapping of name -> tensor, got {type(out).__name__}")
     check_keys(out, [*specs, *alias], argument, "the result")
-    memory: dict[Hashable, str] = {}
-    read = {
-        (tensor.device, tensor.untyped_storage().data_ptr()): f"{source.label}[{key!r}]"
-        for whole in sources
-        for source in whole.in_memory()
-        for key, tensor in source.tensors.items()
-        if tensor.numel()
-    }
     for key in [*specs, *alias]:
         tensor, spec = out[key], specs[alias.get(key, key)]
         if not isinstance(tensor, Tensor):
@@ -195,12 +220,56 @@ def check_out(
                 f"{argument}[{key!r}] is {tensor.dtype} on {tensor.device}; the result is {spec.dtype} on "
                 f"{spec.device}. Choose it with dtype=..."
             )
-        if not tensor.numel():
+        if tensor.layout is not torch.strided or not _apart(tensor):
+            raise InputError(f"{argument}[{key!r}]: several entries of it share memory, or it is sparse")
+    _check_memory(out, specs, alias, sources, argument)
+
+
+def _check_memory(
+    out: Tensors, specs: Mapping[str, Spec], alias: Mapping[str, str], sources: list[Source], argument: str
+) -> None:
+    """Raise where something that is written to overlaps with what is read, or with another result."""
+    places: list[tuple[str, int, int, bool, str]] = []
+    for source in (part for whole in sources for part in whole.in_memory()):
+        places += [(*_place(t), False, f"{source.label}[{key!r}]") for key, t in source.tensors.items() if t.numel()]
+    for key in [*specs, *alias]:
+        if key in alias and identity(out[key]) == identity(out[alias[key]]):
             continue
-        place = (tensor.device, tensor.untyped_storage().data_ptr())
-        if place in read:
-            raise InputError(f"{argument}[{key!r}] shares memory with {read[place]}, which must not be written to")
-        if key in specs:
-            twin = memory.setdefault(identity(tensor), key)
-            if twin != key:
-                raise InputError(f"{argument}: {twin!r} and {key!r} are one memory, but two results")
+        if out[key].numel():
+            places.append((*_place(out[key]), True, key))
+    ends: dict[tuple[str, bool], tuple[int, str]] = {}  # how far what was seen reaches, and what it is
+    for device, start, stop, written, name in sorted(places):
+        for other in (True, False) if written else (True,):
+            end, twin = ends.get((device, other), (start, ""))
+            if end > start and written and other:
+                raise InputError(f"{argument}: {twin!r} and {name!r} are one memory, at least in part, but two results")
+            if end > start:
+                place, reader = (name, twin) if written else (twin, name)
+                raise InputError(f"{argument}[{place!r}] shares memory with {reader}, which must not be written to")
+        ends[device, written] = max(ends.get((device, written), (0, "")), (stop, name))
+
+
+def _place(tensor: Tensor) -> tuple[str, int, int]:
+    """Device, first byte, and byte after the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return str(tensor.device), start, start + (last + 1) * tensor.element_size()
+
+
+def _apart(tensor: Tensor) -> bool:
+    """Whether all entries have a place of their own: each dimension steps over all that is inside."""
+    inside = 1
+    for stride, size in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
+        if stride < inside:
+            return tensor.numel() == 0
+        inside += (size - 1) * stride
+    return True
+
+
+def check_layout(label: str, tensor: Tensor | None, template: Tensor | None) -> None:
+    """Raise unless `tensor` is spread over processes as `template` is (None: not)."""
+    both = tensor is not None and template is not None and is_sharded(template)
+    if not same_layout(tensor, template) or (both and tensor.shape != template.shape):  # type: ignore[union-attr]
+        raise StateMismatchError(
+            f"{label} is not spread over the processes as the vectors are; redistribute one of them"
+        )

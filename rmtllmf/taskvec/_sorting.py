@@ -84,7 +84,8 @@ def mean_of_ranks(fusion: Fusion, ranks: range, scale: float) -> TaskVector:
             if len(ranks) == 1:
                 torch.mul(wires[ranks[0]], scale, out=into)
                 continue
-            # halved before they are added, so that two large numbers do not overflow; exact, unlike a third
+            # halved before they are added, so that two large numbers do not overflow; exact (but for denormals), unlike
+            # a third
             torch.mul(wires[ranks[0]], 0.5, out=into)
             for rank in ranks[1:]:
                 into.add_(wires[rank], alpha=0.5)

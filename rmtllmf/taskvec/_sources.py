@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._sharded import full, is_sharded, local
+from .._sharded import full, is_sharded, local, same_layout
 from .._state import Tensors, all_finite, identity, is_bendable, quoted
 from ..errors import InputError, StateMismatchError
 
@@ -32,6 +32,11 @@ class Spec(NamedTuple):
     def calculated_in(self) -> torch.dtype:
         """float64 for float64, else float32: half precision is for storage."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+def spec_of(tensor: Tensor) -> Spec:
+    """Of a tensor in memory."""
+    return Spec(tuple(tensor.shape), tensor.dtype, tensor.device)
 
 
 class Source(Mapping[str, Tensor]):
@@ -101,10 +106,14 @@ class Stored(Source):
     """A mapping of tensors in memory; nothing is copied that is contiguous and of the right dtype."""
 
     def __init__(self, tensors: Tensors, label: str) -> None:
+        for key, tensor in tensors.items():
+            if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+                kind = "on the meta device, without entries" if tensor.is_meta else "sparse or quantised"
+                raise InputError(f"{label}[{key!r}] is {kind}; expected a dense tensor")
         self.label, self.given = label, tensors
         self.wants_gradient = any(tensor.requires_grad for tensor in tensors.values())
         self.tensors = {key: tensor.detach() for key, tensor in tensors.items()}
-        self.specs = {key: Spec(tuple(t.shape), t.dtype, t.device) for key, t in self.tensors.items()}
+        self.specs = {key: spec_of(tensor) for key, tensor in self.tensors.items()}
         self._flat = {k: t.view(-1) for k, t in self.tensors.items() if not is_sharded(t) and t.is_contiguous()}
         self._gathered: tuple[str, Tensor] | None = None
 
@@ -185,8 +194,8 @@ class Difference(Source):
         self.label, self.base, self.model = label, base, model
         self.specs = {
             key: spec._replace(dtype=spec.calculated_in)
-            for key, spec in model.specs.items()
-            if is_bendable(key, torch.empty(0, dtype=spec.dtype))
+            for key, spec in base.source.specs.items()
+            if bendable(key, spec)
         }
 
     def in_memory(self) -> Iterator[Stored]:
@@ -200,7 +209,12 @@ class Difference(Source):
         return (self.model.identity(key), self.base.source.identity(key))
 
     def template(self, key: str) -> Tensor | None:
-        return self.model.template(key)
+        template, other = self.model.template(key), self.base.source.template(key)
+        if not same_layout(template, other):
+            raise StateMismatchError(
+                f"{self.label}[{key!r}] is not spread over the processes as base is; redistribute one of them"
+            )
+        return template
 
     def local(self) -> Source | None:
         base, model = self.base.local(), self.model.local()

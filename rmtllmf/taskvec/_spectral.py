@@ -17,12 +17,16 @@ from .._state import extrema
 from ._engine import Piece
 
 # Least shares of the largest eigenvalue of a Gram matrix for which ...
-FLOAT32_GRAM = 2e-3  # ... a polar factor through it in float32 errs by less than 1e-4
+FLOAT32_GRAM = 2e-3  # ... directions through it in float32 are good enough for a polar factor
+FLOAT32_IMAGE = 1e-3  # ... so are the images of directions
 FLOAT64_GRAM = {torch.float32: 1e-10, torch.float64: 1e-5}  # ... one in float64 does by less than 1e-5, than 1e-10
 FLOAT32_PRODUCT = 1e-5  # ... a product with its inverse root may be taken in float32
+WEAK = 3  # directions that float32 hides are looked at again if they are at most one in so many
+GAP = 1e-5  # difference of eigenvalues, as a share of the largest, that float32 can see
 PADDING = 32  # directions beside those wanted: float32 mixes up neighbours, which float64 tells apart again
 SUBSPACE_GAP = 3e-3  # share of the largest eigenvalue that must part those wanted from those beyond the padding
 BLOCK = 256
+ROWS = 384  # of which the float64 copy stays in the cache
 
 
 def rounding_level(parts: Sequence[Tensor]) -> float:
@@ -52,14 +56,9 @@ def polar(X: Tensor, floor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         Q, s = polar(X.mT, floor, dtype)
         return Q.mT, s
     if dtype == torch.float32:
-        G = gram(X.float())
-        # A tenth of the work of the eigenvalues, spared where they would most likely be in vain
-        shifted = G.clone()
-        shifted.diagonal().sub_(FLOAT32_GRAM * torch.linalg.matrix_norm(G))
-        if int(torch.linalg.cholesky_ex(shifted).info) == 0:
-            eigenvalues, V = torch.linalg.eigh(G)
-            if eigenvalues[0] > max(FLOAT32_GRAM * float(eigenvalues[-1]), floor**2):
-                return X.float() @ ((V * eigenvalues.rsqrt()) @ V.mT), eigenvalues.double().sqrt()
+        cheap = _polar_in_float32(X, floor)
+        if cheap is not None:
+            return cheap
     eigenvalues, V = torch.linalg.eigh(gram(X.double()))
     least = max(float(eigenvalues[-1]) * FLOAT64_GRAM[dtype], 0.0)
     s = eigenvalues.clamp_min(0).sqrt()
@@ -83,7 +82,7 @@ def leading(
     With `quick` the vectors err by some 1e-6 where float32 can part them from the others, else by 1e-10.
 
     Returns:
-        U (m, r), the singular values (r) in falling order and V (n, r), in float64.
+        U (m, r), the singular values (r) in falling order and V (n, r), in float64 (quick vectors: or float32).
     """
     if X.shape[0] < X.shape[1]:
         V, s, U = leading(X.mT, count, floor, dtype, quick=quick)
@@ -92,11 +91,42 @@ def leading(
         U, s, Vh = torch.linalg.svd(X.double(), full_matrices=False)
         count = min(count, int((s > floor).sum()))
         return U[:, :count], s[:count], Vh[:count].mT
-    basis = _subspace(X, count) if quick else None
-    if basis is not None:  # Rayleigh-Ritz
-        U, s, W = _by_deflation(X.double() @ basis, count, floor)
+    subspace = _subspace(X, count) if quick else None
+    if subspace is None:
+        return _by_deflation(X.double(), count, floor)
+    basis, even = subspace  # Rayleigh-Ritz
+    if not even:
+        U, s, W = _by_deflation(image(X, basis), count, floor)
         return U, s, basis @ W
-    return _by_deflation(X.double(), count, floor)
+    basis = basis.float()
+    Y = X.float() @ basis
+    eigenvalues, W = torch.linalg.eigh(gram(Y.double()))
+    s = eigenvalues[-count:].flip(0).clamp_min(0).sqrt()
+    s = s[s > floor]
+    W = W[:, -count:].flip(1)[:, : len(s)]
+    return Y @ (W / s).float(), s, basis @ W.float()
+
+
+def image(X: Tensor, V: Tensor) -> Tensor:
+    """``X V`` in float64, without a float64 copy of all of X."""
+    if X.dtype == V.dtype or X.is_cuda:
+        return X.to(V.dtype) @ V
+    Y = V.new_empty(len(X), V.shape[1])
+    for start in range(0, len(X), ROWS):
+        rows = slice(start, start + ROWS)
+        torch.mm(X[rows].to(V.dtype), V, out=Y[rows])
+    return Y
+
+
+def preimage(X: Tensor, U: Tensor) -> Tensor:
+    """``X^T U`` likewise."""
+    if X.dtype == U.dtype or X.is_cuda:
+        return X.to(U.dtype).mT @ U
+    Y = U.new_zeros(X.shape[1], U.shape[1])
+    for start in range(0, len(X), ROWS):
+        rows = slice(start, start + ROWS)
+        Y.addmm_(X[rows].to(U.dtype).mT, U[rows])
+    return Y
 
 
 def gram(X: Tensor) -> Tensor:
@@ -136,15 +166,55 @@ def averaged(count: int, factor: float) -> Callable[[Piece], None]:
     return combine
 
 
-def _subspace(X: Tensor, count: int) -> Tensor | None:
-    """Orthonormal directions, in float64, that hold the leading right singular vectors; None: float32 will not do."""
+def _polar_in_float32(X: Tensor, floor: float) -> tuple[Tensor, Tensor] | None:
+    """`polar` for m >= n, in float32 but for the directions that a float32 Gram matrix hides; None: too many of them.
+
+    To first order, what hides them turns them towards the others by the residual over the difference of eigenvalues.
+    """
+    n, single = X.shape[1], X.float()
+    G = gram(single)
+    if 8 * float(G.trace()) ** 2 < n * float(torch.linalg.matrix_norm(G)) ** 2:
+        return None  # a few large ones: most of the others will be hidden
+    eigenvalues, V = torch.linalg.eigh(G)
+    least = FLOAT32_GRAM * float(eigenvalues[-1])
+    weak = int((eigenvalues <= least).sum())
+    if floor**2 >= least or WEAK * weak > n:
+        return None
+    strong, V_weak, V_strong = eigenvalues[weak:], V[:, :weak], V[:, weak:]
+    s = strong.double().sqrt()
+    if not weak:
+        return single @ ((V * strong.rsqrt()) @ V.mT), s
+    B = V_weak.double()
+    R = preimage(X, image(X, B))
+    gap = strong[:, None] - (B * R).sum(0).float()
+    blurred = (GAP * float(eigenvalues[-1])) ** 2
+    turned = (V_strong.mT @ R.float()) * gap / (gap.square() + blurred)
+    B = _orthonormal(B - (V_strong @ turned).double())
+    U, hidden, W = _by_deflation(image(X, B), weak, floor)
+    V_strong = V_strong + V_weak @ turned.mT
+    Q = single @ ((V_strong * strong.rsqrt()) @ V_strong.mT)
+    Q.addmm_(U.float(), (B @ W).float().mT)
+    s = torch.cat([s, hidden, s.new_zeros(weak - len(hidden))])
+    return Q, s
+
+
+def _subspace(X: Tensor, count: int) -> tuple[Tensor, bool] | None:
+    """Orthonormal directions, in float64, that hold the leading right singular vectors; None: float32 will not do.
+
+    And whether singular values are even enough for their images to be taken in float32.
+    """
     wide = count + PADDING
     if 2 * wide > X.shape[1]:
         return None
     eigenvalues, V = torch.linalg.eigh(gram(X.float()))
-    if not float(eigenvalues[-count] - eigenvalues[-wide - 1]) > SUBSPACE_GAP * float(eigenvalues[-1]):
+    largest = float(eigenvalues[-1])
+    if not float(eigenvalues[-count] - eigenvalues[-wide - 1]) > SUBSPACE_GAP * largest:
         return None
-    V = V[:, -wide:].double()
+    return _orthonormal(V[:, -wide:].double()), float(eigenvalues[-count]) > FLOAT32_IMAGE * largest
+
+
+def _orthonormal(V: Tensor) -> Tensor:
+    """`V`, which is nearly so, made so."""
     factor = torch.linalg.cholesky(V.mT @ V)
     return torch.linalg.solve_triangular(factor, V.mT, upper=False).mT
 

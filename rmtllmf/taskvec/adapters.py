@@ -51,11 +51,12 @@ def adapter_vector(
         are left out, as in `TaskVector.between`. Names that other adapters have and this one lacks: see `aligned`.
 
     Raises:
-        InputError: a file that is no LoRA adapter, is pickled or needs `base` (the tensors are named); a start that
+        InputError: a file that is no LoRA adapter, is pickled, contradicts its configuration or needs `base` (the
+            tensors are named); a start that
             changes the base (PiSSA, OLoRA, CorDA, LoftQ); routing, or acting on some tokens only; adapters on both
             names of a tied tensor; several adapters and no `adapter_name`; a layer that PEFT cannot merge.
         StateMismatchError: `base` lacks a name or has another shape. ShapeError: factors that do not have the
-            configured rank. FileNotFoundError: no such folder, or no adapter in it.
+            configured rank, or do not fit each other. FileNotFoundError: no such folder, or no adapter in it.
         TypeError: neither a path nor a module.
 
     Source: Hu et al., "LoRA: low-rank adaptation of large language models", 2022, eq. 3; Kalajdzievski, "A rank
@@ -74,6 +75,9 @@ def adapter_vector(
         {'fc.weight': tensor([[4., 0.],
                 [6., 0.]])}
     """
+    for argument, text in (("prefix", prefix), ("adapter_name", adapter_name)):
+        if not isinstance(text, str | None):
+            raise TypeError(f"{argument}: expected a str or None, got {type(text).__name__}")
     model = None if base is None else BaseModel(base)
     taken_off = "base_model.model." if prefix is None else prefix
     if isinstance(adapter, nn.Module):

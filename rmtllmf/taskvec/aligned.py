@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .._state import Tensors
 from ..errors import InputError
 from ._adapter_parts import Lazy
-from ._sources import Source, Spec, check_same, source_of
+from ._sources import Source, Spec, Stored, check_same, source_of
 
 __all__ = ["aligned"]
 
@@ -52,19 +52,20 @@ def aligned(vectors: Iterable[Tensors]) -> list[Source]:
     sources = [source_of(vector, f"vectors[{index}]") for index, vector in enumerate(vectors)]
     if not sources:
         raise InputError("vectors: expected at least one mapping of name -> tensor, got an empty sequence")
-    specs: dict[str, Spec] = {}
+    first: dict[str, Source] = {}  # the first that has a name
     for source in sources:
-        for key, spec in source.specs.items():
-            specs.setdefault(key, spec)
-    tied: dict[str, set[str]] = {}  # the names that share a tensor with a name in some vector
+        for key in source.specs:
+            first.setdefault(key, source)
+    tied: dict[str, set[str]] = {}  # the names that share a tensor with a name in some vector, or with such a name
     for source in sources:
         groups: dict[Hashable, list[str]] = {}
         for key in source.specs:
             groups.setdefault(source.identity(key), []).append(key)
         for group in groups.values():
-            for key in group if len(group) > 1 else ():
-                tied.setdefault(key, set()).update(group)
-    result: list[Source] = [_Aligned(source, specs, tied, f"vectors[{i}]") for i, source in enumerate(sources)]
+            if len(group) > 1:
+                united = set(group).union(*(tied.get(key, ()) for key in group))
+                tied |= dict.fromkeys(united, united)
+    result: list[Source] = [_Aligned(source, first, tied, f"vectors[{i}]") for i, source in enumerate(sources)]
     for vector in result[1:]:
         check_same(vector, result[0])
     return result
@@ -73,18 +74,28 @@ def aligned(vectors: Iterable[Tensors]) -> list[Source]:
 class _Aligned(Lazy):
     """A source with more names: zeros, or the values of a tied name."""
 
-    def __init__(self, source: Source, specs: dict[str, Spec], tied: dict[str, set[str]], label: str) -> None:
-        self.source, self.label = source, label
+    def __init__(self, source: Source, first: dict[str, Source], tied: dict[str, set[str]], label: str) -> None:
+        self.source, self.label, self.first = source, label, first
+        self.wants_gradient = source.wants_gradient
         self.stands_for: dict[str, str | None] = {}
-        for key in specs:
+        for key in first:
             if key in source.specs:
                 self.stands_for[key] = key
             else:
                 twins = sorted(name for name in tied.get(key, ()) if name in source.specs)
                 self.stands_for[key] = twins[0] if twins else None
-        self.specs = {
-            key: spec if (it := self.stands_for[key]) is None else source.specs[it] for key, spec in specs.items()
-        }
+        self.specs: dict[str, Spec] = {}
+        for key, origin in first.items():
+            own = self.stands_for[key]
+            self.specs[key] = origin.specs[key] if own is None else source.specs[own]
+        self.zero = {key: min(tied.get(key, (key,))) for key in first}  # one name for all that are tied
+
+    def in_memory(self) -> Iterator[Stored]:
+        return self.source.in_memory()
+
+    def template(self, key: str) -> Tensor | None:
+        own = self.stands_for[key]
+        return self.first[key].template(key) if own is None else self.source.template(own)
 
     def sliceable(self, key: str) -> bool:
         own = self.stands_for[key]
@@ -92,7 +103,7 @@ class _Aligned(Lazy):
 
     def identity(self, key: str) -> Hashable:
         own = self.stands_for[key]
-        return ("zero", self.specs[key]) if own is None else self.source.identity(own)
+        return ("zero", self.zero[key]) if own is None else self.source.identity(own)
 
     def read(self, key: str, start: int, stop: int, buffer: Tensor) -> Tensor:
         own = self.stands_for[key]
@@ -100,7 +111,11 @@ class _Aligned(Lazy):
 
     def whole(self, key: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
         own = self.stands_for[key]
-        return super().whole(key, dtype, device) if own is None else self.source.whole(own, dtype, device)
+        if own is None:
+            return super().whole(key, dtype, device)
+        if self.wants_gradient and torch.is_grad_enabled() and isinstance(self.source, Stored):
+            return self.source.given[own].to(device=device, dtype=dtype or self.specs[key].calculated_in)
+        return self.source.whole(own, dtype, device)
 
     def __getitem__(self, key: str) -> Tensor:
         own = self.stands_for[key]

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from typing_extensions import Unpack
 
-from .._state import Tensors, finite_number, heuristic_scale
+from .._state import Tensors, heuristic_scale
 from ._engine import Fusion
 from ._linear import weighted_sum
-from ._options import FusionOptions
+from ._options import FusionOptions, plain_number
 from .vector import TaskVector
 
 __all__ = ["heuristic_scale", "task_arithmetic"]
@@ -26,6 +26,7 @@ def task_arithmetic(
         vectors: N mappings of name -> tensor with the same keys and shapes; integer, boolean and running-statistics
             entries are left out. Not written to.
         scale: :math:`\lambda_N`; None: `heuristic_scale` of N.
+        options: as for every rule, see `FusionOptions`.
 
     Returns:
         The update, a `TaskVector`; ``update.apply_to(base)`` makes the model. Added up in the order given, in float32
@@ -44,5 +45,5 @@ def task_arithmetic(
         {'w': tensor([12.])}
     """
     fusion = Fusion(vectors, options)
-    factor = heuristic_scale(fusion.count) if scale is None else finite_number(scale, "scale")
+    factor = heuristic_scale(fusion.count) if scale is None else plain_number(scale, "scale")
     return weighted_sum(fusion, lambda key: [factor * weight for weight in fusion.weights(key)])

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._state import Tensors, all_finite, finite_number, heuristic_scale, whole_number
-from ..errors import InputError, NonFiniteError, ShapeError
+from .._state import Tensors, all_finite, check_keys, finite_number, heuristic_scale, whole_number
+from ..errors import InputError, NonFiniteError, ShapeError, StateMismatchError
 from ._engine import Fusion, Piece
 from ._options import FusionOptions, Weights
-from ._sources import Source, check_same, source_of
+from ._sources import Source, bendable, source_of
 from .vector import TaskVector
 
 __all__ = ["consensus", "tall_masks"]
@@ -52,7 +52,7 @@ def consensus(
 
     Raises:
         InputError: `agreement` is more than N (nothing would be left), or `threshold` is negative.
-        StateMismatchError: `merged` has other names or shapes. Otherwise as `task_arithmetic`.
+        StateMismatchError: `merged` has other names, shapes or ties. Otherwise as `task_arithmetic`.
 
     Source: Wang et al., "Localizing task information for improved model merging and compression", 2024, sections 4 and
     5.
@@ -147,7 +147,7 @@ class _Election:
         self.merged: Source | None = None
         if merged is not None:
             self.merged = source_of(merged, "merged")
-            check_same(self.merged, fusion.sources[0])
+            _check_merged(self.merged, fusion)
 
     def total(self, piece: Piece, into: Tensor) -> Tensor:
         """The multi-task vector, finite like the vectors, not to be written to; `into` may hold it."""
@@ -168,6 +168,24 @@ class _Election:
         for part, threshold in zip(piece.parts, self.thresholds, strict=True):
             apart = torch.sub(total, part, out=piece.spare(0)).abs_().mul_(threshold)
             yield torch.abs(part, out=piece.spare(1)) >= apart
+
+
+def _check_merged(merged: Source, fusion: Fusion) -> None:
+    """Raise unless `merged` fits the vectors; what is not fused may be missing."""
+    specs = {**fusion.specs, **{key: fusion.specs[original] for key, original in fusion.alias.items()}}
+    unused = set(fusion.sources[0].specs) - set(specs)
+    check_keys([key for key in merged.specs if key not in unused], specs, "merged", "the vectors")
+    for key, spec in specs.items():
+        if merged.specs[key].shape != spec.shape:
+            raise StateMismatchError(
+                f"merged[{key!r}] has shape {merged.specs[key].shape}; the vectors have {spec.shape}"
+            )
+        if not bendable(key, merged.specs[key]):
+            raise StateMismatchError(f"merged[{key!r}] is {merged.specs[key].dtype}; expected floating-point entries")
+    for key, original in fusion.alias.items():
+        tied = merged.identity(key) == merged.identity(original)
+        if not tied and not torch.equal(merged.whole(key), merged.whole(original)):
+            raise StateMismatchError(f"merged: {original!r} and {key!r} are one tensor in the vectors, but differ here")
 
 
 def _thresholds(threshold: Threshold, count: int) -> list[float]:

@@ -103,9 +103,10 @@ class Dropped(Source):
         return self._pruned(key, start, self.inner.read(key, start, stop, buffer), buffer)
 
     def whole(self, key: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
-        if not (self.wants_gradient and torch.is_grad_enabled() and isinstance(self.inner, Stored)):
+        if not (self.wants_gradient and torch.is_grad_enabled()):
             return super().whole(key, dtype, device)
-        given = self.inner.given[key]  # the same with torch's own operations, through which gradients flow
+        # the same with torch's own operations, through which gradients flow
+        given = self.inner.given[key] if isinstance(self.inner, Stored) else self.inner.whole(key)
         given = given.to(device=device, dtype=dtype or self.specs[key].calculated_in)
         with torch.no_grad():
             factor = torch.ones_like(given).reshape(-1)

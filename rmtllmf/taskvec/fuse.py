@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping
 from typing import Any, cast
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .._state import StateLike, Tensors, as_state, check_dtypes, check_keys, check_shapes, identity
-from ..errors import StateMismatchError
+from ..errors import InputError, StateMismatchError
+from ._options import checked_dtype
 from ._sinks import Applied, Memory, Sink
-from ._sources import Base, Difference, Source, Stored
+from ._sources import Base, Difference, Source, Stored, source_of
 from .arithmetic import task_arithmetic
 from .vector import TaskVector
 
@@ -33,23 +35,26 @@ def fuse(
     .. math:: \theta = \theta_0 + \mathrm{rule}(\theta_1 - \theta_0, \dots, \theta_N - \theta_0)
 
     The same, bit for bit, as ``rule([TaskVector.between(base, model) for model in finetuned]).apply_to(base)``, but the
-    task vectors are made piece by piece and never held: memory is that of the models and the result.
+    task vectors are made piece by piece and never held: memory is that of the models and the result. (With
+    ``compute_dtype=torch.float64`` more exact than that: nothing is rounded before the result.)
 
     Args:
         base: the pre-trained model: a module, a state dict or the path of a safetensors file. Not written to.
         finetuned: N of them with the same keys, shapes and dtypes; or task vectors, where a `TaskVector` is given.
         rule: a rule of this package, or any function of a list of task vectors that returns the update.
         out: a state dict with the names, shapes and dtypes of the result, to be written to and returned: for fusing
-            again and again without fresh memory.
+            again and again without fresh memory. Must share none with the models.
         dtype: of the fused entries; by default the base's.
         options: of the rule, such as ``density=0.2``, and those of `FusionOptions`.
 
     Returns:
         A state dict with the names of `base`; what is not fused (integer and boolean buffers, running statistics,
-        ``skip``) is copied from it. Nothing shares memory with `base`.
+        ``skip``) is copied from it. Nothing shares memory with `base`; what is tied there stays tied, and changes under
+        all its names if one of them is fused. Gradients do not flow.
 
     Raises:
-        StateMismatchError: a missing, extra or reshaped key, or another dtype. NonFiniteError: NaN or infinity that is
+        StateMismatchError: a missing, extra or reshaped key, or another dtype; names that are tied in `base` and would
+        change differently. InputError: task vectors that require gradients. NonFiniteError: NaN or infinity that is
         not the same in base and model. Otherwise as the rule.
 
     Source: Ilharco et al., "Editing models with task arithmetic", 2023; R-MTLLMF, eq. 1 and 6.
@@ -63,26 +68,42 @@ def fuse(
     """
     state = as_state(base, "base")
     shared = Base(Stored(state, "base"))
-    vectors = [_vector(shared, state, model, f"finetuned[{index}]") for index, model in enumerate(_listed(finetuned))]
+    vectors = [_vector(shared, state, model, f"finetuned[{index}]") for index, model in enumerate(listed(finetuned))]
     if out is not None:
+        if not isinstance(out, Mapping):
+            raise TypeError(f"out: expected a mapping of name -> tensor, got {type(out).__name__}")
         check_keys(out, state, "out", "base")
-    fused = run(rule, vectors, Applied(shared, Memory(out, more=True), dtype), options)
+    fused = run(rule, vectors, Applied(shared, Memory(out, state), checked_dtype(dtype)), options)
     return _completed(fused, state, out)
 
 
 def run(rule: Callable[..., Tensors], vectors: list[Source], sink: Sink, options: Mapping[str, Any]) -> Any:
-    """Let `rule` write to `sink`; a function that takes no ``out`` is given task vectors, and its update written."""
+    """Let a rule of this package write to `sink`; any other function is given task vectors, and its update written."""
     if not callable(rule):
         raise TypeError(f"rule: expected a function task vectors -> update, got {type(rule).__name__}")
-    if _takes_out(rule):
+    if is_ours(rule) and _takes_out(rule):
         return rule(vectors, out=sink, **options)
     update = rule([TaskVector(vector) for vector in vectors], **options)
     if not isinstance(update, Mapping):
         raise TypeError(f"rule: expected it to return a mapping of name -> tensor, got {type(update).__name__}")
-    unknown = set(update) - set(vectors[0]) if vectors else set()
-    if unknown:
-        raise StateMismatchError(f"rule's result has the unexpected {sorted(unknown)[:5]}")
-    return task_arithmetic([update], 1.0, out=cast(Any, sink))
+    found = source_of(update, "the rule's result")
+    for key, spec in found.specs.items():
+        if key not in vectors[0].specs:
+            raise StateMismatchError(f"the rule's result has the unexpected {key!r}; the task vectors lack it")
+        if spec.shape != vectors[0].specs[key].shape:
+            raise StateMismatchError(
+                f"the rule's result has the shape {spec.shape} for {key!r}; the task vectors have "
+                f"{vectors[0].specs[key].shape}"
+            )
+    return task_arithmetic([found], 1.0, out=cast(Any, sink))
+
+
+def is_ours(rule: Callable[..., Any]) -> bool:
+    """Whether it is a rule of this package, options bound or not."""
+    while isinstance(rule, functools.partial):
+        rule = rule.func
+    name = getattr(rule, "__qualname__", "<")
+    return str(getattr(rule, "__module__", "")).startswith(f"{__package__}.") and "<" not in name
 
 
 def _takes_out(rule: Callable[..., Any]) -> bool:
@@ -93,10 +114,14 @@ def _takes_out(rule: Callable[..., Any]) -> bool:
     return any(p.name == "out" or (p.kind == p.VAR_KEYWORD and p.name == "options") for p in parameters)
 
 
-def _listed(finetuned: object) -> list[Any]:
+def listed(finetuned: object) -> list[Any]:
+    """The models, at least one."""
     if isinstance(finetuned, Mapping | str | bytes | Tensor | nn.Module) or not isinstance(finetuned, Iterable):
         raise TypeError(f"finetuned: expected a sequence of models, got a single {type(finetuned).__name__}")
-    return list(finetuned)
+    models = list(finetuned)
+    if not models:
+        raise InputError("finetuned: expected at least one model, got none")
+    return models
 
 
 def _vector(base: Base, state: Tensors, model: Any, label: str) -> Source:
@@ -117,16 +142,25 @@ def _vector(base: Base, state: Tensors, model: Any, label: str) -> Source:
 
 def _completed(fused: Tensors, state: Tensors, out: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The fused entries, and copies of the base's for the rest, in the order of the base."""
-    copies: dict[Hashable, Tensor] = {}
+    moved: dict[Hashable, str] = {}  # memory of the base -> the first name under which it changes
     model = {}
-    for key, tensor in state.items():
+    for key in state:
         if key in fused:
-            model[key] = fused[key] if out is None else out[key]
-        elif out is not None:
-            model[key] = out[key].copy_(tensor)
-        else:
-            memory = identity(tensor)
-            if memory not in copies:
-                copies[memory] = tensor.detach().clone()
+            twin = moved.setdefault(identity(state[key]), key)
+            if fused[twin] is not fused[key] and not torch.equal(fused[twin], fused[key]):
+                raise StateMismatchError(
+                    f"{twin!r} and {key!r} are tied in base, but would change differently; skip one of them"
+                )
+            model[key] = fused[twin]
+    copies: dict[Hashable, Tensor] = {memory: model[key] for memory, key in moved.items()}
+    for key in state:
+        if key in fused:
+            continue
+        memory = identity(state[key])
+        if out is not None:
+            out[key].detach().copy_(copies.get(memory, state[key].detach()))
+        elif memory not in copies:
+            copies[memory] = state[key].detach().clone()
+        if out is None:
             model[key] = copies[memory]
-    return model
+    return {key: model[key] if out is None else out[key] for key in state}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable
+import secrets
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from .._random import Seed, seed_number
@@ -15,10 +17,11 @@ from ..errors import StateMismatchError
 from ._checkpoint import Checkpoint
 from ._checkpoint_writer import Files
 from ._noisy import mse_of, noisy
+from ._options import checked_dtype
 from ._sinks import Applied
 from ._sources import Base, Difference, Source, check_same
 from .arithmetic import task_arithmetic
-from .fuse import _listed, run
+from .fuse import is_ours, listed, run
 
 __all__ = ["fuse_files"]
 
@@ -65,12 +68,14 @@ def fuse_files(
     Raises:
         StateMismatchError: names, shapes or dtypes disagree. NonFiniteError: NaN or infinity that is not the same in
         base and model. InputError: a file that is no safetensors file, or is damaged; a target that another process is
-        writing. FileNotFoundError, FileExistsError: as they say. Otherwise as the rule.
+        writing, or that is one of the inputs; an input that changes meanwhile. FileNotFoundError,
+        FileExistsError, PermissionError: as they say. Otherwise as the rule.
 
     Note:
         The result appears under its name only when it is complete. A run that was killed (not one that failed) goes on
-        where it was when it is called again with the same arguments and files, before the next boot; until then a
-        ``.part`` and its journal lie beside the target.
+        where it was when it is called again with the same arguments and files, before the next boot; so does one that
+        was interrupted, or that the system failed (a full disk). Until then a ``.part`` and its journal lie beside the
+        target. With a rule that is no rule of this package it begins anew.
 
     Source: Ilharco et al., "Editing models with task arithmetic", 2023; R-MTLLMF, eq. 1 and 6.
 
@@ -90,7 +95,7 @@ def fuse_files(
     try:
         origin = Checkpoint(base, "base")
         opened.append(origin)
-        for index, path in enumerate(_listed(finetuned)):
+        for index, path in enumerate(listed(finetuned)):
             opened.append(Checkpoint(path, f"finetuned[{index}]"))
             _check(opened[-1], origin)
         shared = Base(origin)
@@ -100,19 +105,20 @@ def fuse_files(
             options |= {} if seed is None else {"seed": seed}
         else:
             seed = None if seed is None else seed_number(seed)
-            vectors = noisy(vectors, mse, scale, seed)
-            channel = {"mse": mse_of(mse, len(vectors)), "scale": scale, "seed": seed}
+            errors = mse_of(mse, len(vectors))
+            vectors = noisy(vectors, errors, scale, seed)
+            channel = {"mse": errors, "scale": scale if isinstance(scale, str) else float(scale), "seed": seed}
+        dtype = checked_dtype(dtype)
         request = {
-            "files": [file.fingerprint() for file in opened],
             "rule": _described(rule),
             "options": {name: _described(value) for name, value in sorted(options.items())},
             "dtype": str(dtype),
             "channel": channel,
             "torch": torch.__version__,
         }
-        sink = Files(origin, out, request)
+        sink = Files(opened, out, request)
         try:
-            run(rule, vectors, Applied(shared, sink, dtype), options | {"progress": progress} if progress else options)
+            run(rule, vectors, Applied(shared, sink, dtype), options | ({"progress": True} if progress else {}))
         except (KeyboardInterrupt, SystemExit, OSError):
             sink.close(forget=False)  # to go on with
             raise
@@ -135,12 +141,20 @@ def _check(model: Checkpoint, base: Checkpoint) -> None:
             )
 
 
-def _described(value: Any) -> str:
-    """The same text for the same value in another process."""
-    if isinstance(value, functools.partial):
-        return f"{_described(value.func)} {value.args!r} {sorted(value.keywords.items())!r}"
-    if callable(value):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', repr(value))}"
-    if isinstance(value, torch.Tensor):
-        return repr(value.tolist())
-    return repr(value)
+def _described(value: Any) -> Any:
+    """The same text for the same value in another process; never twice the same where that cannot be told."""
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
+        return repr(value)
+    if isinstance(value, np.generic):
+        return repr(value.item())
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return [str(value.dtype), value.tolist()]
+    if isinstance(value, Mapping):
+        return [[_described(key), _described(item)] for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [_described(item) for item in value]
+    if isinstance(value, functools.partial) and is_ours(value):
+        return [_described(value.func), _described(value.args), _described(value.keywords)]
+    if callable(value) and is_ours(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return secrets.token_hex(16)  # a function may have changed, a generator has moved on

@@ -31,8 +31,8 @@ def geometric_median(
 
     Distances are over all entries together. Fewer than half of the vectors cannot carry it away. The minimiser is a
     convex combination of the vectors, found from their distances alone: they are read twice (three times if some are
-    far off), however many steps it takes. Where the source stops a smoothed Weiszfeld iteration early, this one goes
-    on, with Newton's method, until the vectors' pull is balanced,
+    ten thousand times as far off as others), however many steps it takes. Where the source stops a smoothed Weiszfeld
+    iteration early, this one goes on, with Newton's method, until the vectors' pull is balanced,
 
     .. math:: \Big\lVert \sum_{q=1}^{N} \frac{z - \tau_q}{\lVert z - \tau_q \rVert} \Big\rVert \le N \text{ tolerance}
 

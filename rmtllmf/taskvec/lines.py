@@ -94,6 +94,8 @@ def lines(
 def _depths(state: Mapping[str, Tensor], given: Mapping[str, float]) -> dict[str, float | None]:
     known = relative_depths(state)
     told: dict[str, float | None] = {}
+    if not isinstance(given, Mapping):
+        raise TypeError(f"depth: expected a mapping of name -> relative depth, got {type(given).__name__}")
     for pattern, value in given.items():
         place = finite_number(value, f"depth[{pattern!r}]")
         if not 0 <= place <= 1:

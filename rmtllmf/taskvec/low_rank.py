@@ -134,9 +134,9 @@ class LowRank:
         )
 
     def __repr__(self) -> str:
-        ranks = sorted({len(A) for A in self.A.values()})
+        ranks = ", ".join(map(str, sorted({len(A) for A in self.A.values()})))
         return (
-            f"LowRank({len(self.A)} matrices of rank {', '.join(map(str, ranks))}, {len(self.rest)} other tensors, "
+            f"LowRank({len(self.A)} matrices{ranks and f' of rank {ranks}'}, {len(self.rest)} other tensors, "
             f"error {self.total_error:.3g})"
         )
 

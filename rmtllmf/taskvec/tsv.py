@@ -16,10 +16,9 @@ from .vector import TaskVector
 
 __all__ = ["tsv"]
 
-CLOSE = (
-    1e-4  # singular value of the joined directions below which quick ones are not good enough: errors grow by 1 / it
-)
-COINCIDENT = 1e-7  # ... below which they are dependent
+CLOSE = 3e-6  # least singular value of the joined directions for which quick ones are good enough ...
+GROWTH = 100.0  # ... and by how much their errors, some 1e-6, may grow
+COINCIDENT = 1e-7  # singular value of the joined directions below which they are dependent
 
 
 def tsv(vectors: Iterable[Tensors], *, scale: float = 1.0, **options: Unpack[FusionOptions]) -> TaskVector:
@@ -83,8 +82,22 @@ def tsv(vectors: Iterable[Tensors], *, scale: float = 1.0, **options: Unpack[Fus
             if not len(s):
                 return torch.zeros_like(parts[0])
             (left, length), (right, width) = (polar(tensor, COINCIDENT, dtype) for tensor in (U, V))
-            if dtype == torch.float64 or min(float(length.min()), float(width.min())) > CLOSE:
+            if dtype == torch.float64 or (_apart(length, len(U)) and _apart(width, len(V))):
                 break
         return (left * (factor * unit * s).to(dtype)) @ right.mT
 
     return fusion.by_matrix(matrix, averaged(count, factor))
+
+
+def _apart(s: Tensor, rows: int) -> bool:
+    r"""Whether the polar factor of a matrix of singular values `s` is not much less exact than the matrix.
+
+    An error :math:`E` of it becomes one of :math:`2 E_{ij} / (s_i + s_j)` at most between two of its directions, of
+    :math:`E_{ij} / s_j` towards others, and of nothing in a single direction, unless its sign changes.
+    """
+    if float(s.min()) <= CLOSE:
+        return False
+    pairs = 2 / (s[:, None] + s)
+    pairs.diagonal().zero_()
+    growth = pairs.square_().sum() + (rows - len(s)) * s.pow(-2).sum()
+    return float(growth.sqrt()) < GROWTH * len(s)

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from typing_extensions import Unpack
 
-from .._state import Tensors, finite_number
+from .._state import Tensors
 from ..errors import InputError
 from ._engine import Fusion
 from ._linear import weighted_sum
-from ._options import FusionOptions
+from ._options import FusionOptions, plain_number
 from .vector import TaskVector
 
 __all__ = ["weighted_average"]
@@ -43,7 +43,7 @@ def weighted_average(vectors: Iterable[Tensors], *, scale: float = 1.0, **option
         {'w': tensor([2.])}
     """
     fusion = Fusion(vectors, options)
-    factor = finite_number(scale, "scale")
+    factor = plain_number(scale, "scale")
     totals = {key: sum(fusion.weights(key)) for key in fusion.keys}
     for key, total in totals.items():
         if total == 0:

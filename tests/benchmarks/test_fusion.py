@@ -6,6 +6,7 @@ Eight visual towers of ViT-B/16 (8 x 86 M float32), as many threads as torch use
 """
 
 import importlib.util
+import json
 import os
 import shutil
 import statistics
@@ -110,6 +111,38 @@ def test_import():
     ]
     torch_seconds, ours = (statistics.median(float(run[i]) for run in runs) for i in (0, 1))
     print(f"\nimport torch {torch_seconds:.2f} s, import rmtllmf.taskvec {ours:.3f} s more")
+
+
+MEMORY = """
+import sys, json, torch
+from functools import partial
+from rmtllmf import taskvec
+peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+shapes, name = json.loads(sys.argv[1]), sys.argv[2]
+options = {"dare": {"seed": 0}, "multi_krum": {"hostile": 1}}.get(name, {})
+source = torch.Generator().manual_seed(0)
+vectors = [{k: torch.randn(s, generator=source).mul_(0.01) for k, s in shapes.items()} for _ in range(8)]
+out = {k: torch.zeros(s) for k, s in shapes.items()}
+small = [{"w": torch.randn(70, 60, generator=source)} for _ in range(8)]
+getattr(taskvec, name)(small, **options)  # what libraries load on first use
+before = peak()
+getattr(taskvec, name)(vectors, out=out, **options)
+print(1024 * (peak() - before))
+"""
+
+RULES = ("task_arithmetic", "ties", "dare", "consensus", "coordinate_median", "trimmed_mean", "geometric_median")
+RULES += ("norm_clipping", "multi_krum", "iso_c", "tsv")
+
+
+def test_memory_of_every_rule():
+    shapes = vit_b_16(min(BLOCKS, 4))
+    largest = max(torch.Size(shape).numel() for shape in shapes.values()) * 4
+    print(
+        f"\nmemory beyond eight vectors and the result, {torch.get_num_threads()} threads; largest tensor {largest:,} B"
+    )
+    for rule in RULES:
+        _, output = process(sys.executable, "-c", MEMORY, json.dumps(shapes), rule)
+        print(f"  {rule:20s} {int(output) / 1e6:5.0f} MB, {int(output) / largest:4.1f} times the largest tensor")
 
 
 OURS = """

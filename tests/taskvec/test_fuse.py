@@ -8,7 +8,7 @@ import torch
 import rmtllmf.taskvec._engine as engine
 from helpers.fusion_rules import ROWS
 from rmtllmf.errors import InputError, NonFiniteError, StateMismatchError
-from rmtllmf.taskvec import TaskVector, fuse, task_arithmetic
+from rmtllmf.taskvec import TaskVector, fuse, task_arithmetic, ties
 
 INF = float("inf")
 
@@ -109,3 +109,66 @@ def test_errors():
         fuse(half, [TaskVector({"w": torch.tensor([60000.0])})], scale=1.0)
     with pytest.raises(TypeError, match="unexpected keyword 'densty'"):
         fuse(base, [model(1)], densty=0.2)
+
+
+def test_what_is_tied_in_the_base_moves_together():
+    base, tuned = model(0), [model(1), model(2)]
+    for state in (base, *tuned):
+        state["head"] = state["emb"]
+    by_hand = task_arithmetic([TaskVector.between(base, m) for m in tuned], skip="emb").apply_to(base)
+    fused = fuse(base, tuned, skip="emb")
+    same_bits(fused, by_hand)
+    assert fused["emb"] is fused["head"]
+    out = {key: torch.empty_like(tensor) for key, tensor in base.items()}
+    same_bits(fuse(base, tuned, skip="emb", out=out), by_hand)
+    out["emb"] = out["head"]
+    same_bits(fuse(base, tuned, skip="emb", out=out), by_hand)
+    tuned[1]["head"] = tuned[1]["head"] + 1
+    with pytest.raises(StateMismatchError, match="'emb' and 'head' are tied in base"):
+        fuse(base, tuned)
+
+
+def test_out_is_checked_as_a_whole():
+    base, tuned = model(0), [model(1)]
+    for key, wrong, message in (
+        ("steps", tuned[0]["steps"], r"out\['steps'\] shares memory with finetuned\[0\]\['steps'\]"),
+        ("bn.running_mean", base["bn.running_mean"], r"shares memory with base\['bn.running_mean'\]"),
+        ("steps", torch.tensor([1]), "shape"),
+        ("steps", torch.tensor(1.0), "float32"),
+    ):
+        out = {k: torch.empty_like(t) for k, t in base.items()} | {key: wrong}
+        with pytest.raises(InputError, match=message):
+            fuse(base, tuned, out=out)
+    same_bits(base, model(0))
+    same_bits(tuned[0], model(1))
+    with pytest.raises(TypeError, match="out: expected a mapping"):
+        fuse(base, tuned, out=3)
+    out = {key: torch.empty_like(t).requires_grad_(t.is_floating_point()) for key, t in base.items()}
+    same_bits(fuse(base, tuned, out=out), fuse(base, tuned))
+
+
+def test_a_rule_of_ones_own_may_have_any_keywords_but_no_other_shapes():
+    base, tuned = model(0), [model(1), model(2)]
+    expected = fuse(base, tuned, scale=0.5)
+    same_bits(fuse(base, tuned, lambda vectors, **options: sum(vectors) * 0.5), expected)
+    same_bits(fuse(base, tuned, lambda vectors, out=None: sum(vectors) * 0.5), expected)
+    same_bits(
+        fuse(base, tuned, lambda vectors, **options: ties(vectors, **options), density=0.3),
+        fuse(base, tuned, ties, density=0.3),
+    )
+    with pytest.raises(StateMismatchError, match=r"the rule's result has the shape \(1,\) for 's'"):
+        fuse(base, tuned, lambda vectors: {"s": torch.ones(1)})
+    with pytest.raises(NonFiniteError, match=r"the rule's result\['s'\] holds 1 non-finite"):
+        fuse(base, tuned, lambda vectors: {"s": torch.tensor(INF)})
+
+
+def test_gradients_are_not_lost_in_silence():
+    step = torch.ones(2, requires_grad=True)
+    with pytest.raises(InputError, match="gradients do not flow through fuse"):
+        fuse({"w": torch.ones(2)}, [TaskVector({"w": step})])
+    with torch.no_grad():
+        assert fuse({"w": torch.ones(2)}, [TaskVector({"w": step})])["w"].tolist() == [2.0, 2.0]
+    with pytest.raises(InputError, match="finetuned: expected at least one model"):
+        fuse({"w": torch.ones(2)}, [])
+    with pytest.raises(InputError, match=r"base\['w'\] is on the meta device"):
+        fuse({"w": torch.ones(2, device="meta")}, [{"w": torch.ones(2)}])

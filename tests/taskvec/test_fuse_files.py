@@ -5,8 +5,11 @@ import multiprocessing
 import os
 import signal
 import struct
+import subprocess
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,7 +211,7 @@ def test_mismatches(tmp_path):
     save_file(model(1, torch.float16), paths[1])
     with pytest.raises(StateMismatchError, match=r"finetuned\[0\].*float16.*cast in silence"):
         fuse_files(paths[0], paths[1:], tmp_path / "out.safetensors")
-    with pytest.raises(InputError, match="out: is the base itself"):
+    with pytest.raises(InputError, match="out: is base itself"):
         fuse_files(paths[0], paths[2:], paths[0])
     with pytest.raises(InputError, match=r"out: expected a path that ends in \.safetensors"):
         fuse_files(paths[0], paths[2:], tmp_path / "out.bin")
@@ -243,6 +246,9 @@ GOOD = {"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
         (raw({"w": GOOD["w"] | {"shape": [True] * 4}}), "shape"),
         (raw({"w": GOOD["w"] | {"shape": [5]}}), "cannot take 16 bytes"),
         (raw({"w": GOOD["w"] | {"dtype": "F33"}}), "F33"),
+        (raw({"w": GOOD["w"] | {"dtype": ["F32"]}}), "F32"),
+        (raw({"w": GOOD["w"] | {"shape": [0, 2**70], "data_offsets": [0, 0]}}), "shape"),
+        (raw({"\ud800": GOOD["w"]}), "cannot be read"),
         (raw({"w": GOOD["w"] | {"data_offsets": [0, 32]}}), "offsets"),
         (raw({"w": GOOD["w"] | {"data_offsets": [0.0, 16]}}), "offsets"),
         (raw(GOOD | {"v": GOOD["w"]}), "overlap"),
@@ -330,3 +336,229 @@ def test_errors_of_the_channel(tmp_path):
     with pytest.raises(InputError, match="does not differ from base"):
         fuse_files(paths[0], [paths[0], paths[0]], out, mse=0.1, seed=0)
     assert not out.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "step"), [("out.safetensors", 1), ("out", 3)])
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_before_any_line(target, step, tmp_path):
+    """What another request has left lies there, and either of the two is called next."""
+    tests = Path(__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, str(tests / "helpers" / "killed_anywhere.py"), str(tmp_path), target, str(step)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent)},
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "killed before each of" in run.stdout
+
+
+def interrupted(monkeypatch, *arguments, **options):
+    """All but the last step of a fusion, as after a kill."""
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rmtllmf.taskvec._checkpoint_writer.Files.done", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fuse_files(*arguments, **options)
+
+
+def calculated(monkeypatch, *arguments, **options):
+    """The names for which a fusion calculates anything."""
+    seen = set()
+    original = engine.Fusion._piece
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            engine.Fusion,
+            "_piece",
+            lambda self, space, key, *rest: (seen.add(key), original(self, space, key, *rest))[1],
+        )
+        fuse_files(*arguments, **options)
+    return seen
+
+
+def test_the_journal_is_empty_before_another_part_is_begun(tmp_path, monkeypatch):
+    """Killed right after that, it would else speak of tensors that are not there any more."""
+    _, paths = written(tmp_path, count=2)
+    out = tmp_path / "out.safetensors"
+    interrupted(monkeypatch, paths[0], paths[1:], out, scale=0.3)
+    journal, sizes = tmp_path / ".out.safetensors.part.journal", []
+    assert journal.stat().st_size
+    monkeypatch.setattr(
+        "rmtllmf.taskvec._checkpoint_writer._remove", lambda path: (sizes.append(journal.stat().st_size), path.unlink())
+    )
+    fuse_files(paths[0], paths[1:], out, scale=0.7)
+    assert sizes == [0]
+
+
+def test_only_the_very_same_request_is_gone_on_with(tmp_path, monkeypatch):
+    states, paths = written(tmp_path, count=2)
+    out = tmp_path / "out.safetensors"
+    request = (paths[0], paths[1:], out)
+    for options in (
+        {"weights": {"*": torch.tensor([0.5, 1.0])}, "skip": ("emb",)},
+        {"mse": 0.1, "scale": 1.0, "seed": 1},
+    ):
+        interrupted(monkeypatch, *request, **options)
+        assert not calculated(monkeypatch, *request, **options)
+    # numbers that print alike
+    interrupted(monkeypatch, *request, weights={"*": torch.tensor([0.5, 1.0])})
+    nearly = {"weights": {"*": torch.tensor([0.5, 1.0000002])}}
+    assert calculated(monkeypatch, *request, **nearly)
+    same_bits(load_file(out), fuse(states[0], states[1:], **nearly))
+    # functions that are called alike
+    rules = [lambda vectors: 0.4 * sum(vectors), lambda vectors: 0.8 * sum(vectors)]
+    for rule in rules:
+        rule.__qualname__ = "mine"
+    interrupted(monkeypatch, *request, rules[0])
+    fuse_files(*request, rules[1])
+    same_bits(load_file(out), fuse(states[0], states[1:], rules[1]))
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"{]\n", b"3\n", b"[1]\n", b'"unknown"\n', b"\0" * 100 + b"\n"])
+@pytest.mark.parametrize("at", [0, None])
+def test_a_damaged_journal(damage, at, tmp_path, monkeypatch):
+    states, paths = written(tmp_path, count=2)
+    request = (paths[0], paths[1:], tmp_path / "out.safetensors")
+    interrupted(monkeypatch, *request)
+    journal = tmp_path / ".out.safetensors.part.journal"
+    content = journal.read_bytes()
+    journal.write_bytes(damage + content if at == 0 else content + damage)
+    fuse_files(*request)
+    same_bits(load_file(request[2]), fuse(states[0], states[1:]))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    states, paths = written(tmp_path, count=2)
+    request = (paths[0], paths[1:], tmp_path / "out.safetensors")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left"):
+            fuse_files(*request)
+    assert not request[2].exists()
+    fuse_files(*request)
+    same_bits(load_file(request[2]), fuse(states[0], states[1:]))
+
+
+def test_inputs_are_never_replaced_nor_changed_meanwhile(tmp_path, monkeypatch):
+    states, paths = written(tmp_path, count=2)
+    (tmp_path / "link.safetensors").symlink_to(paths[2])
+    for out in (paths[1], tmp_path / "link.safetensors"):
+        with pytest.raises(InputError, match=r"out: is finetuned\[.\] itself"):
+            fuse_files(paths[0], paths[1:], out)
+    for path, state in zip(paths, states, strict=True):
+        same_bits(load_file(path), state)
+
+    original = engine.Fusion._piece
+
+    def meanwhile(self, *arguments):
+        with open(paths[2], "r+b") as file:
+            file.seek(-4, os.SEEK_END)
+            file.write(b"abcd")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(engine.Fusion, "_piece", meanwhile)
+    with pytest.raises(InputError, match=r"finetuned\[1\]: its file was changed"):
+        fuse_files(paths[0], paths[1:], tmp_path / "out.safetensors")
+    assert sorted(tmp_path.iterdir()) == sorted([*paths, tmp_path / "link.safetensors"])
+
+
+def test_the_lock_of_a_journal_that_is_no_more(tmp_path, monkeypatch):
+    """Opened while another process had it, which then finished and removed it: that lock keeps nobody out."""
+    fcntl = pytest.importorskip("fcntl")
+    states, paths = written(tmp_path, count=2)
+    journal = tmp_path / ".out.safetensors.part.journal"
+    original, calls = fcntl.flock, []
+
+    def late(file, how):
+        if not calls:
+            os.unlink(journal)
+        calls.append(how)
+        return original(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    fuse_files(paths[0], paths[1:], tmp_path / "out.safetensors")
+    assert len(calls) == 2
+    same_bits(load_file(tmp_path / "out.safetensors"), fuse(states[0], states[1:]))
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-8B-fused", "v0.1"])
+def test_folders_with_a_point_in_their_name(name, tmp_path):
+    _, paths = written(tmp_path, count=1)
+    fuse_files(paths[0], paths[1:], tmp_path / name)
+    assert (tmp_path / name / "0.safetensors").is_file()
+
+
+def test_paths_of_the_wrong_kind(tmp_path):
+    states, paths = written(tmp_path, count=1)
+    out = tmp_path / "o.safetensors"
+    for wrong in (states[0], 3, None, b"x.safetensors"):
+        with pytest.raises(TypeError, match="base: expected a path, got"):
+            fuse_files(wrong, paths[1:], out)
+        with pytest.raises(TypeError, match=r"finetuned\[0\]: expected a path"):
+            fuse_files(paths[0], [wrong], out)
+        with pytest.raises(TypeError, match="out: expected a path"):
+            fuse_files(paths[0], paths[1:], wrong)
+    for wrong in ("", "a\0b.safetensors"):
+        with pytest.raises(InputError, match="out: expected a path"):
+            fuse_files(paths[0], paths[1:], wrong)
+    with pytest.raises(InputError, match="finetuned: expected at least one"):
+        fuse_files(paths[0], [], out)
+    with pytest.raises(TypeError, match="dtype: expected a floating"):
+        fuse_files(paths[0], paths[1:], out, dtype="float16")
+    with pytest.raises(FileNotFoundError, match="out: there is no folder"):
+        fuse_files(paths[0], paths[1:], tmp_path / "gone" / "o.safetensors")
+    (tmp_path / "d.safetensors").mkdir()
+    with pytest.raises(InputError, match=r"out: .* is a folder"):
+        fuse_files(paths[0], paths[1:], tmp_path / "d.safetensors")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    _, paths = written(tmp_path, count=1)
+
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(PermissionError, match=r"out: the folder .* cannot be written to"):
+        fuse_files(paths[0], paths[1:], tmp_path / "o.safetensors")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_default_device_does_not_matter(device, tmp_path):
+    states, paths = written(tmp_path, torch.bfloat16, count=2)
+    for state in states:
+        del state["mask"]
+    for state, path in zip(states, paths, strict=True):
+        save_file(state, path)
+    out = tmp_path / "o.safetensors"
+    rule = partial(task_arithmetic, scale=0.3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # what is calculated on threads does not see the context
+    try:
+        fuse_files(paths[0], paths[1:], out, rule, mse=0.1, scale=torch.tensor(0.5), seed=1)
+        expected = load_file(out)
+        with torch.device(device):
+            fuse_files(paths[0], paths[1:], out, rule, mse=0.1, scale=0.5, seed=1)
+    finally:
+        torch.set_num_threads(before)
+    same_bits(load_file(out), expected)
+
+
+def test_the_channel_and_nothing_to_send(tmp_path):
+    for index in range(2):
+        save_file({"n": torch.tensor(index)}, tmp_path / f"{index}.safetensors")
+    paths = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
+    for scale in ("rms", 1.0):
+        with pytest.raises(InputError, match="no floating-point entries"):
+            fuse_files(paths[0], paths[1:], tmp_path / "o.safetensors", mse=0.1, seed=0, scale=scale)

@@ -82,6 +82,14 @@ def test_in_one_dimension_it_is_the_median(values):
     torch.testing.assert_close(geometric_median(vectors)["w"], coordinate_median(vectors)["w"], rtol=1e-12, atol=1e-9)
 
 
+def test_near_and_far_on_one_line():
+    """Inner products from distances alone would bend the line where it is short, and pull the middle off."""
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal(8) * 10.0 ** rng.integers(-6, 7, 8)
+        np.testing.assert_allclose(solve(x[:, None]), np.median(x, keepdims=True), rtol=1e-6)
+
+
 @pytest.mark.parametrize("size", [1e3, 1e6, 1e9, 1e15, 1e30, 1e100])
 @pytest.mark.parametrize("first", [True, False])
 def test_far_away_vectors_cost_the_others_no_digits(size, first):

@@ -85,6 +85,20 @@ def test_cheap_precision_where_the_spectrum_allows(monkeypatch):
     assert used == [torch.float64]
 
 
+@pytest.mark.parametrize("shape", [(300, 300), (500, 300)])
+@pytest.mark.parametrize("weak", [1, 40, 90])
+@pytest.mark.parametrize("least", [1e-3, 1e-5])
+def test_weak_directions_are_told_apart_after_the_others(monkeypatch, shape, weak, least):
+    """Up to a third of all; the eigenvalues of the strong ones end where those of the weak begin."""
+    used = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda G: used.append((G.dtype, len(G))) or eigh(G))
+    s = torch.cat([torch.linspace(1, 0.05, 300 - weak), torch.logspace(-1.4, torch.tensor(least).log10(), weak)])
+    matrix = with_spectrum(*shape, s.double())
+    assert error(fused(matrix), exact([matrix])) < 1e-5
+    assert (torch.float64, 300) not in used
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(40, 30), (30, 40)])
 @pytest.mark.parametrize("rank", [1, 3])

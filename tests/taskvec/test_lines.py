@@ -100,6 +100,8 @@ def test_given_depths():
 
 
 def test_names_without_layers_are_an_error():
+    with pytest.raises(TypeError, match=r"depth: expected a mapping of name -> relative depth, got list"):
+        lines({"blocks.0.w": torch.ones(1), "blocks.1.w": torch.ones(1)}, depth=[0.0, 1.0])
     with pytest.raises(InputError, match="no name has a block number"):
         lines({"pos_embed": torch.ones(2), "head.weight": torch.ones(2)})
     with pytest.raises(InputError, match=r"'blocks.0.w' cannot be told"):  # first or last?

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 import rmtllmf.taskvec._engine as engine
 from helpers.fusion_rules import ROWS
-from rmtllmf.errors import NonFiniteError
-from rmtllmf.taskvec import TaskVector
+from rmtllmf.errors import InputError, NonFiniteError
+from rmtllmf.taskvec import TaskVector, aligned, task_arithmetic, weighted_average
+from rmtllmf.taskvec._sources import Source, Stored
 
 SHAPES = {"l0.w": (6, 4), "l1.w": (3, 7), "l1.b": (5,), "conv": (2, 3, 2, 2), "scalar": (), "one": (1,), "none": (0, 3)}
 
@@ -147,6 +148,29 @@ def test_memory_that_is_not_contiguous(row):
     close(row.rule(vectors, out=out), expected, 1e-6)
 
 
+class MadeAsAWhole(Source):
+    """What an adapter is to the engine: no memory, and no pieces."""
+
+    def __init__(self, tensors):
+        self.label, self.inner = "made", Stored(tensors, "made")
+        self.specs = self.inner.specs
+
+    def sliceable(self, key):
+        return False
+
+    def read(self, key, start, stop, buffer):
+        return buffer.copy_(self.inner.read(key, start, stop, buffer))
+
+
+@every_rule
+def test_vectors_made_when_they_are_read(row):
+    vectors = make(8, 5, torch.bfloat16)
+    expected = row.rule(vectors)
+    same_bits(row.rule([MadeAsAWhole(vector) for vector in vectors]), expected)
+    same_bits(row.rule(aligned(vectors)), expected)
+    same_bits(row.rule(aligned([MadeAsAWhole(vector) for vector in vectors])), expected)
+
+
 @every_rule
 def test_tied_entries_stay_tied(row):
     vectors = make(5, max(3, row.fewest))
@@ -202,3 +226,100 @@ def test_in_inference_mode(row):
     expected = row.rule(vectors)
     with torch.inference_mode():
         same_bits(row.rule(make(11, max(4, row.fewest))), expected)
+
+
+FOUR = torch.arange(1.0, 5.0)
+MEMORY = torch.zeros(8)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ({"a": MEMORY[:4], "b": MEMORY[2:6]}, "'a' and 'b' are one memory, at least in part"),
+        ({"a": MEMORY[:4], "b": MEMORY[:4]}, "'a' and 'b' are one memory"),
+        ({"a": MEMORY[:1].expand(4), "b": MEMORY[4:]}, r"out\['a'\]: several entries of it share memory"),
+        ({"a": MEMORY[:4], "b": MEMORY.as_strided((2, 2), (1, 1))}, r"out\['b'\] has shape"),
+    ],
+)
+def test_out_that_overlaps_itself(out, message):
+    with pytest.raises(InputError, match=message):
+        task_arithmetic([{"a": FOUR, "b": FOUR.clone()}], out=out)
+
+
+def test_out_and_vectors_in_one_memory():
+    memory = torch.arange(12.0)
+    vectors = [{"a": memory[:4]}, {"a": memory[4:8]}]
+    assert task_arithmetic(vectors, 1.0, out={"a": memory[8:]})["a"].tolist() == [4, 6, 8, 10]
+    with pytest.raises(InputError, match=r"out\['a'\] shares memory with vectors\[1\]\['a'\]"):
+        task_arithmetic(vectors, 1.0, out={"a": memory[7:11]})
+    with pytest.raises(InputError, match="shares memory with"):  # though torch calls these two storages
+        task_arithmetic(vectors, 1.0, out={"a": torch.from_numpy(memory.numpy()[1:5])})
+    assert memory[:8].tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("rule", [task_arithmetic, weighted_average])
+def test_gradients_flow_or_are_refused(rule):
+    learnt = torch.ones(2, requires_grad=True)
+    vectors = [{"w": learnt}, {"w": torch.ones(2)}]
+    rule(vectors)["w"].sum().backward()
+    assert learnt.grad is not None
+    with pytest.raises(InputError, match="gradients do not flow"):
+        rule(vectors, out={"w": torch.empty(2)})
+    with pytest.raises(InputError, match=r"scale\.detach"):
+        rule([{"w": torch.ones(2)}], scale=torch.tensor(0.5, requires_grad=True))
+    with torch.no_grad():
+        rule(vectors, out={"w": torch.empty(2)})
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize.*", "ignore:.*Sparse.*", "ignore:.*deprecated")
+def test_tensors_without_plain_entries_are_named():
+    for tensor, message in (
+        (torch.empty(2, device="meta"), "meta device"),
+        (torch.eye(2).to_sparse(), "sparse"),
+        (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "quantised"),
+        (torch.ones(2).to(torch.float8_e8m0fnu), "float8_e8m0fnu"),
+    ):
+        with pytest.raises(InputError, match=rf"vectors\[1\]\['w'\].*{message}"):
+            task_arithmetic([{"w": torch.ones(tensor.shape)}, {"w": tensor}])
+
+
+def test_float8():
+    vectors = [{"w": torch.tensor([1.0, 200.0])}, {"w": torch.tensor([2.0, 200.0])}]
+    small = [{"w": vector["w"].to(torch.float8_e4m3fn)} for vector in vectors]
+    assert task_arithmetic(small, 1.0)["w"].float().tolist() == [3, 384]
+    for scale in (1.2, 100.0):  # torch would silently take the largest number, 448
+        with pytest.raises(NonFiniteError, match="overflows"):
+            task_arithmetic(vectors, scale, dtype=torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": {3: 1.0}}, "weights: expected names or glob patterns"),
+        ({"weights": {0.5, 1.0}}, "weights: expected a number or numbers in order, got set"),
+        ({"weights": "ab"}, "weights: expected 2 numbers or a mapping, got str"),
+        ({"weights": 1.0}, "weights: expected 2 numbers"),
+        ({"skip": 3}, "skip: expected names"),
+        ({"skip": None}, "skip: expected names"),
+        ({"skip": [3]}, "skip: expected names"),
+        ({"dtype": "float16"}, "dtype: expected a floating-point torch.dtype"),
+        ({"dtype": torch.int8}, "dtype: expected a floating-point torch.dtype"),
+        ({"dtype": torch.float8_e8m0fnu}, "dtype: expected a dtype that holds any number"),
+        ({"compute_dtype": torch.bfloat16}, "compute_dtype: expected torch.float32 or"),
+        ({"out": [1]}, "out: expected a mapping"),
+        ({"out": {"w": 3}}, r"out\['w'\]: expected a tensor"),
+        ({"scale": 1j}, "scale: expected a real number"),
+        ({"progres": True}, "unexpected keyword 'progres'"),
+    ],
+)
+def test_options_of_the_wrong_kind(options, message):
+    with pytest.raises((TypeError, InputError), match=message):
+        task_arithmetic([{"w": torch.ones(2)}] * 2, **options)
+
+
+def test_autocast_changes_nothing():
+    vectors = make(12, 3)
+    expected = [row.rule(vectors) for row in ROWS]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for row, update in zip(ROWS, expected, strict=True):
+            same_bits(row.rule(vectors), update)

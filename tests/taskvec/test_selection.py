@@ -1,5 +1,7 @@
 """Thresholds against sorting, on data made to be awkward."""
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 import rmtllmf.taskvec._engine as engine
 import rmtllmf.taskvec._selection as selection
+from rmtllmf.taskvec import ties
 from rmtllmf.taskvec._engine import Fusion
 from rmtllmf.taskvec._selection import how_many, largest
 from rmtllmf.taskvec._sources import Source, Stored
@@ -17,9 +20,12 @@ NAMES = ("a", "b", "c")
 class OnDemand(Source):
     """What a file is to the engine: something with no memory to stride through."""
 
-    def __init__(self, tensors):
-        self.label, self.inner = "on demand", Stored(tensors, "on demand")
+    def __init__(self, tensors, in_pieces=True):
+        self.label, self.inner, self.in_pieces = "on demand", Stored(tensors, "on demand"), in_pieces
         self.specs = self.inner.specs
+
+    def sliceable(self, key):
+        return self.in_pieces
 
     def read(self, key, start, stop, buffer):
         return buffer.copy_(self.inner.read(key, start, stop, buffer))
@@ -182,6 +188,24 @@ def test_no_piece_collects_more_than_it_should(monkeypatch):
     vectors = [{"w": torch.randn(5000, generator=torch.Generator().manual_seed(3))}]
     same(kept_by(vectors, [["w"]], 0.2), by_sorting(vectors, [["w"]], 0.2))
     assert collected[0] is None
+
+
+def test_equal_magnitudes_in_a_long_piece_are_looked_for_once(monkeypatch):
+    """A tensor that is made as a whole is one piece of many blocks: not every block may go through all of it."""
+    looked = []
+    monkeypatch.setattr(importlib.import_module("rmtllmf.taskvec.ties"), "BLOCK", 10)
+    search = selection.Cut._end
+    monkeypatch.setattr(selection.Cut, "_end", lambda self, *a: looked.append(0) or search(self, *a))
+    vectors = [
+        {"w": torch.randint(-2, 3, (30, 40), generator=torch.Generator().manual_seed(q)).float()} for q in (3, 4)
+    ]
+    for density in (0.1, 0.3, 0.5, 0.7):
+        looked.clear()
+        fused = ties([OnDemand(vector, in_pieces=False) for vector in vectors], density, combine="sum")
+        assert len(looked) <= 2
+        assert torch.equal(fused["w"], ties(vectors, density, combine="sum")["w"])
+        (kept,) = by_sorting(vectors[:1], [["w"]], density)
+        assert torch.equal(ties([OnDemand(vectors[0], in_pieces=False)], density)["w"], kept["w"])
 
 
 @pytest.mark.parametrize("bracket", [(-1.0, float("inf")), (1.0, 1.0), (0.5, 2.0), (3.0, float("inf"))])

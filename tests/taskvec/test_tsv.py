@@ -1,5 +1,7 @@
 """TSV-Merge: what it keeps, where directions coincide or spectra decay, and other tools' values."""
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,8 @@ from hypothesis import strategies as st
 
 from rmtllmf.errors import InputError
 from rmtllmf.taskvec import _spectral, tsv
+
+tsv_module = importlib.import_module("rmtllmf.taskvec.tsv")
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -85,6 +89,22 @@ def test_float32_where_it_can(monkeypatch):
     fused(*(normal(600, 300, seed=seed, dtype=torch.float32) for seed in range(6)))
     assert used.count((torch.float32, 300)) >= 6
     assert used.count((torch.float64, 300)) <= 2  # of the joined directions
+
+
+def test_one_small_singular_value_of_the_joined_directions_does_no_harm(monkeypatch):
+    """A square matrix of random directions often has one; errors grow only between two of them."""
+    tried = []
+    leading = tsv_module.leading
+    monkeypatch.setattr(tsv_module, "leading", lambda *a, **k: tried.append(k["quick"]) or leading(*a, **k))
+    matrices = [normal(180, 180, seed=seed, dtype=torch.float32) for seed in range(6)]
+    U, s, Vh = torch.linalg.svd(matrices[1].double(), full_matrices=False)
+    first = torch.linalg.svd(matrices[0].double(), full_matrices=False)
+    for own, other in ((U, first.U), (Vh.mT, first.Vh.mT)):  # one direction all but shared
+        own[:, 0] = other[:, 0] + 5e-4 * own[:, 0]
+        own[:] = torch.linalg.qr(own).Q
+    matrices[1] = ((U * s) @ Vh).float()
+    assert error(fused(*matrices), exact(matrices)) < 1e-4
+    assert all(tried)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
