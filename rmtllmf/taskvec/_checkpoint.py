@@ -57,6 +57,7 @@ class Checkpoint(Source):
     def __init__(self, path: str | os.PathLike[str], label: str) -> None:
         self.label = label
         self.files, index = files_of(path, label)
+        self.folder = Path(path) if Path(path).is_dir() else None  # what was asked for
         self.specs: dict[str, Spec] = {}
         self.places: dict[str, Place] = {}
         self.descriptors: list[int] = []

@@ -26,6 +26,7 @@ from ._sinks import Storage, overflows
 from ._sources import Source, Spec
 
 _COPY = 1 << 22  # bytes copied at once
+_BESIDE = (".json", ".txt", ".model", ".jinja", ".md")  # what a folder holds beside weights; nothing that can hold code
 _OTHER_FILES = (".bin", ".ckpt", ".gguf", ".h5", ".json", ".npz", ".onnx", ".pkl", ".pt", ".pth", ".safetensor", ".sft")
 
 
@@ -184,9 +185,17 @@ class Files(Storage):
                 json.dump(content, index, indent=2)
                 index.flush()
                 os.fsync(index.fileno())
+        if not self.single and self.base.folder is not None:
+            self._copy_beside(self.base.folder)
         os.replace(self.part, self.out)
         os.unlink(self.journal)
         return {}
+
+    def _copy_beside(self, folder: Path) -> None:
+        """The small files that a model needs beside its weights: configuration, tokenizer, texts."""
+        for file in sorted(folder.iterdir()):
+            if file.is_file() and file.name.endswith(_BESIDE) and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, self.part / file.name)
 
     def close(self, *, forget: bool) -> None:
         """Let go of the files; with `forget` remove what was written."""

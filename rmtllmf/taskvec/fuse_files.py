@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -53,7 +54,9 @@ def fuse_files(
             folder that holds one of them, such as Hugging Face writes.
         finetuned: N of them with the same names, shapes and dtypes; how they are divided into shards does not matter.
         out: a path that ends in ``.safetensors``, which is replaced if it exists; or a folder, which must not exist,
-            for shards of the names of the base's, with their index.
+            for shards of the names of the base's, with their index. If `base` is a folder too, the configuration and
+            tokenizer files in it (``.json``, ``.txt``, ``.model``, ``.jinja``, ``.md``) are copied, so that the result
+            can be loaded like the base.
         rule: a rule of this package. Any other function of a list of task vectors is given all of them in memory.
         mse: to send the task vectors over the channel on the way: the N mean squared errors of the receiver, as of
             `rmtllmf.channel.sic`, or a number for all. Each vector gets the noise that `rmtllmf.channel.transmit` gives
@@ -114,7 +117,7 @@ def fuse_files(
             "options": {name: _described(value) for name, value in sorted(options.items())},
             "dtype": str(dtype),
             "channel": channel,
-            "torch": torch.__version__,
+            "versions": [torch.__version__, sys.modules["rmtllmf"].__version__],
         }
         sink = Files(opened, out, request)
         try:

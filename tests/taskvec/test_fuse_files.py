@@ -562,3 +562,23 @@ def test_the_channel_and_nothing_to_send(tmp_path):
     for scale in ("rms", 1.0):
         with pytest.raises(InputError, match="no floating-point entries"):
             fuse_files(paths[0], paths[1:], tmp_path / "o.safetensors", mse=0.1, seed=0, scale=scale)
+
+
+def test_a_hugging_face_folder_comes_out_as_one(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    models = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        models.append(transformers.BertModel(config).eval())
+        models[-1].save_pretrained(tmp_path / str(seed), max_shard_size="8KB")
+    assert len(list((tmp_path / "0").glob("*.safetensors"))) > 1
+    (tmp_path / "0" / "vocab.txt").write_text("one\ntwo\n")
+    (tmp_path / "0" / "training_args.bin").write_bytes(b"could hold code")
+    fuse_files(tmp_path / "0", [tmp_path / "1", tmp_path / "2"], tmp_path / "fused", scale=0.4)
+    fused = transformers.BertModel.from_pretrained(tmp_path / "fused")
+    same_bits(fused.state_dict(), fuse(models[0], models[1:], scale=0.4))
+    assert (tmp_path / "fused" / "vocab.txt").read_text() == "one\ntwo\n"
+    assert not (tmp_path / "fused" / "training_args.bin").exists()
