@@ -195,6 +195,7 @@ def checkpoints(tmp_path_factory):
     for i in range(8):
         tuned = {k: (t.float() + 0.002 * torch.randn(t.shape, generator=source)).bfloat16() for k, t in base.items()}
         save_file(tuned, folder / f"{i}.safetensors", {"format": "pt"})
+    os.sync()  # who makes sure that a result is on disk must not wait for the inputs too
     yield folder
     shutil.rmtree(folder)
 
