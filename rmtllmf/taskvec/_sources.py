@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._sharded import full, is_sharded, local, same_layout
-from .._state import Tensors, all_finite, identity, is_bendable, quoted
+from .._state import Tensors, all_finite, check_keys, identity, is_bendable
 from ..errors import InputError, StateMismatchError
 
 
@@ -260,16 +260,7 @@ def source_of(vector: object, label: str) -> Source:
 
 def check_same(source: Source, reference: Source) -> None:
     """Raise unless both have the same names, shapes and kinds of entries."""
-    have, want = set(source.specs), set(reference.specs)
-    problems = []
-    if want - have:
-        problems.append(f"lacks {quoted(want - have)}")
-    if have - want:
-        problems.append(f"has the unexpected {quoted(have - want)}")
-    if problems:
-        raise StateMismatchError(
-            f"{source.label} {' and '.join(problems)}; its keys must be those of {reference.label}"
-        )
+    check_keys(source.specs, reference.specs, source.label, reference.label)
     for key, spec in source.specs.items():
         other = reference.specs[key]
         if spec.shape != other.shape:
