@@ -5,7 +5,6 @@ Run with ``python -m pytest tests/benchmarks/test_channel.py -s``. One thread; m
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from helpers.oracles import complex_normal, worst_case_by_cvxpy
+from helpers.timing import interleaved
 from rmtllmf.channel import UplinkScenario, _eigen, worst_case, worst_case_rate
 
 
@@ -25,20 +25,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def interleaved(*functions, repetitions=15, calls=1):
-    """Median seconds of each; run in turn, so that all of them see the same machine."""
-    seconds = [[] for _ in functions]
-    for function in functions:
-        function()
-    for _ in range(repetitions):
-        for times, function in zip(seconds, functions, strict=True):
-            start = time.perf_counter()
-            for _ in range(calls):
-                function()
-            times.append((time.perf_counter() - start) / calls)
-    return [statistics.median(times) for times in seconds]
 
 
 def naive(H, P, P_N, noise):
@@ -130,7 +116,9 @@ def test_batch_against_a_convex_solver():
 def test_single_draw_against_plain_numpy(kind):
     array = complex_normal(np.random.default_rng(1), 16, 8)
     H = kind(array)
-    ours, plain = interleaved(lambda: worst_case(H, 1.0, 2.0, noise=0.1), lambda: naive(array, 1.0, 2.0, 0.1), calls=50)
+    ours, plain = interleaved(
+        lambda: worst_case(H, 1.0, 2.0, noise=0.1), lambda: naive(array, 1.0, 2.0, 0.1), repetitions=15, calls=50
+    )
     print(f"\na single draw: {1e3 * ours:.3f} ms, eigh and bisection in plain NumPy {plain / ours:.1f} times as long")
 
 

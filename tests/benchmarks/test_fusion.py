@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.timing import interleaved
 from rmtllmf.taskvec import TaskVector, fuse, task_arithmetic
 
 BLOCKS = int(os.environ.get("RMTLLMF_BENCH_BLOCKS", 12))
@@ -45,19 +46,6 @@ def towers(count):
     source = torch.Generator().manual_seed(0)
     shapes = vit_b_16(BLOCKS)
     return [{k: 0.01 * torch.randn(shape, generator=source) for k, shape in shapes.items()} for _ in range(count)]
-
-
-def interleaved(*functions, repetitions=9):
-    """Median seconds of each; run in turn, so that all of them see the same machine."""
-    seconds = [[] for _ in functions]
-    for function in functions:
-        function()
-    for _ in range(repetitions):
-        for times, function in zip(seconds, functions, strict=True):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in seconds]
 
 
 def test_task_arithmetic():
