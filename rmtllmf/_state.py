@@ -176,6 +176,15 @@ def identity(tensor: Tensor) -> Hashable:
     return (tensor.data_ptr(), tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride())
 
 
+def memory_of(tensor: Tensor) -> tuple[str, int, int]:
+    """Device, address of the first byte, and of the byte after the last; these are the same for an empty tensor."""
+    start = tensor.data_ptr()
+    if not tensor.numel():
+        return str(tensor.device), start, start
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return str(tensor.device), start, start + (last + 1) * tensor.element_size()
+
+
 def map_tied(function: Callable[..., Tensor], keys: Iterable[str], *states: Tensors) -> dict[str, Tensor]:
     """``{key: function(states[0][key], states[1][key], ...)}``, where entries tied in *all* states stay tied."""
     known: dict[Hashable, tuple[Tensor, tuple[Tensor, ...]]] = {}

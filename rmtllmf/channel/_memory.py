@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .._state import Tensors, check_keys, identity
+from .._state import Tensors, check_keys, identity, memory_of
 from ..errors import InputError, StateMismatchError
 from ._stream import Stream
 
@@ -67,7 +67,7 @@ def _checked(out: object, spec: Spec, argument: str, reference: str) -> dict[str
 def check_memory(places: Mapping[str, Tensors], stream: Stream) -> None:
     """Raise where a place overlaps what is read, or another place; tied entries may be one place."""
     read = [
-        (*_extent(tensor), f"vectors[{q}][{key!r}]")
+        (*memory_of(tensor), f"vectors[{q}][{key!r}]")
         for q, vector in enumerate(stream.vectors)
         for key, tensor in vector.items()
     ]
@@ -76,22 +76,15 @@ def check_memory(places: Mapping[str, Tensors], stream: Stream) -> None:
         for key, tensor in place.items():
             original = stream.alias.get(key)
             if original is None or identity(tensor) != identity(place[original]):
-                written.append((*_extent(tensor), f"{name}[{key!r}]"))
+                written.append((*memory_of(tensor), f"{name}[{key!r}]"))
     spans = sorted([(*span, False) for span in read] + [(*span, True) for span in written])
-    last = {True: (("", 0), 0, ""), False: (("", 0), 0, "")}  # the furthest end so far, of what is written and read
-    for start, end, label, target in spans:
-        if start[1] == end:
+    last = {True: ("", 0, ""), False: ("", 0, "")}  # the furthest end so far, of what is written and read
+    for device, start, end, label, target in spans:
+        if start == end:
             continue
         for other, (where, furthest, theirs) in last.items():
-            if (target or other) and where[0] == start[0] and start[1] < furthest:
+            if (target or other) and where == device and start < furthest:
                 mine, yours = (label, theirs) if target else (theirs, label)
                 raise InputError(f"{mine} shares memory with {yours}; expected memory that nothing else uses")
-        if last[target][0][0] != start[0] or end > last[target][1]:
-            last[target] = (start, end, label)
-
-
-def _extent(tensor: Tensor) -> tuple[tuple[str, int], int]:
-    """(device, first byte address) and the last one, exclusive."""
-    start = tensor.data_ptr()
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (str(tensor.device), start), start + (reach + 1) * tensor.element_size() if tensor.numel() else start
+        if last[target][0] != device or end > last[target][1]:
+            last[target] = (device, end, label)

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._coefficients import CHUNK
 from .._random import reseed
 from ._link import Weight
-
-CHUNK = 1 << 16  # coefficients per chunk of noise: even, so that a symbol never spans two, and small enough for cache
 
 
 class Noise:

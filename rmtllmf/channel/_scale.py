@@ -8,15 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .._coefficients import ROW, SCALES, sums_of_rows
 from .._state import Tensors, extrema, finite_number
 from .._threads import share_out
 from ..errors import InputError, NonFiniteError
 
-SCALES = ("rms", "peak", "tensor_rms", "tensor_peak")
-
-_ROW = 4096  # squares added up at once, in float64: fixed, so that sums have the same bits for any number of threads
-_PIECE = 64 * _ROW  # entries looked at by one thread: a piece is worth its overhead, and most of it stays in the cache
-_PIECE_ON_DEVICE = 64 * _ROW
+_PIECE = 64 * ROW  # entries looked at by one thread: a piece is worth its overhead, and most of it stays in the cache
+_PIECE_ON_DEVICE = 64 * ROW
 _SAFE = 1e-15, 1e15  # norms whose squares neither vanish nor overflow in float32
 
 
@@ -69,11 +67,7 @@ class Gauge:
                 space[piece.device] = torch.empty(max(_PIECE, len(piece)), dtype=torch.float64, device=piece.device)
             double = space[piece.device][: len(piece)].copy_(piece)
             double.mul_(double)
-            whole = len(piece) // _ROW * _ROW
-            if whole:
-                found.extend(double[:whole].view(-1, _ROW).sum(-1).tolist())
-            if whole < len(piece):
-                found.append(float(double[whole:].sum()))
+            found.extend(sums_of_rows(double))
 
         return look
 
@@ -150,8 +144,8 @@ def scales(vector: Tensors, keys: Sequence[str], scale: str | float, argument: s
 
 def _quick_squares(piece: Tensor) -> list[float]:
     """Sums of squares of rows; none where float32 may not do: zeros, extremes, NaN or infinity."""
-    whole = len(piece) // _ROW * _ROW
-    norms: list[float] = torch.linalg.vector_norm(piece[:whole].view(-1, _ROW), dim=-1).tolist() if whole else []
+    whole = len(piece) // ROW * ROW
+    norms: list[float] = torch.linalg.vector_norm(piece[:whole].view(-1, ROW), dim=-1).tolist() if whole else []
     if whole < len(piece):
         norms.append(float(torch.linalg.vector_norm(piece[whole:])))
     low, high = _SAFE

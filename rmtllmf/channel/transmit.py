@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from .._arrays import ArrayLike
+from .._coefficients import CHUNK
 from .._random import Seed, reseed, seed_number
 from .._state import Tensors
 from .._threads import share_out
 from ..errors import InputError
 from ._link import Link, checked_estimator, is_followed, link_of
 from ._memory import checked_out
-from ._noise import CHUNK, Noise
+from ._noise import Noise
 from ._scale import scales_of
 from ._stream import Stream, check_blocks, fading_parts
 from .receivers import Reception

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from .._arrays import ArrayLike
+from .._coefficients import CHUNK
 from .._random import Seed, seed_number
 from .._state import Tensors, all_finite, finite_number
 from .._threads import share_out
 from ..errors import InputError, NonFiniteError, ShapeError
 from ._link import Link, checked_estimator, is_followed, link_of
 from ._memory import Spec, checked_single_out, spec_of
-from ._noise import CHUNK, Noise
+from ._noise import Noise
 from ._scale import Gauge
 from ._stream import Stream, check_blocks, fading_parts
 from ._sum_noise import SumNoise

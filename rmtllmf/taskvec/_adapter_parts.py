@@ -29,9 +29,6 @@ class Part(NamedTuple):
 class Lazy(Source):
     """A source whose tied names give one tensor when all are read at once: whoever copies it keeps the ties."""
 
-    def __contains__(self, key: object) -> bool:
-        return key in self.specs  # without making the tensor
-
     def items(self) -> ItemsView[str, Tensor]:
         return _Items(self)
 

@@ -11,16 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._coefficients import CHUNK, SCALES, sums_of_rows
 from .._random import Seed, reseed, seed_number
 from .._state import extrema, finite_number
 from ..errors import InputError, ShapeError
 from ._engine import Fusion, Piece
 from ._sources import Source, bendable
-
-SCALES = ("rms", "peak", "tensor_rms", "tensor_peak")
-
-_CHUNK = 1 << 16  # coefficients that share a generator, as in `transmit`
-_ROW = 4096  # squares added up at once, as there
 
 
 class Noisy(Source):
@@ -50,9 +46,9 @@ class Noisy(Source):
             return sent
         at, end = self.starts[key] + start, self.starts[key] + stop
         while at < end:
-            chunk = at // _CHUNK
-            until = min(end, (chunk + 1) * _CHUNK)
-            white = self._white(chunk)[at - chunk * _CHUNK : until - chunk * _CHUNK]
+            chunk = at // CHUNK
+            until = min(end, (chunk + 1) * CHUNK)
+            white = self._white(chunk)[at - chunk * CHUNK : until - chunk * CHUNK]
             error = (white * self.amplitude.to(self.dtype)).mul_(self.scale[key])
             where = slice(at - self.starts[key] - start, until - self.starts[key] - start)
             if buffer.dtype == self.dtype and buffer.device == error.device:
@@ -67,8 +63,8 @@ class Noisy(Source):
         last = self._local
         if getattr(last, "chunk", None) != chunk:
             if not hasattr(last, "source"):
-                last.source, last.space = torch.Generator("cpu"), torch.empty(_CHUNK, dtype=self.dtype, device="cpu")
-            length = min(_CHUNK, self.length - chunk * _CHUNK)
+                last.source, last.space = torch.Generator("cpu"), torch.empty(CHUNK, dtype=self.dtype, device="cpu")
+            length = min(CHUNK, self.length - chunk * CHUNK)
             reseed(last.source, self.seed, self.user, chunk)
             last.white = last.space[: length + length % 2].normal_(generator=last.source)
             last.chunk = chunk
@@ -76,9 +72,8 @@ class Noisy(Source):
         return white
 
 
-def noisy(vectors: Sequence[Source], mse: Any, scale: str | float, seed: Seed | None) -> list[Source]:
-    """`vectors` as received with these MSEs by a receiver whose errors are independent."""
-    errors = mse_of(mse, len(vectors))
+def noisy(vectors: Sequence[Source], errors: Sequence[float], scale: str | float, seed: Seed | None) -> list[Source]:
+    """`vectors` as received with these MSEs, as of `mse_of`, by a receiver whose errors are independent."""
     if seed is None:
         raise InputError("seed: with mse the channel draws noise; expected an int or a torch.Generator, got None")
     number = seed_number(seed)
@@ -137,13 +132,7 @@ def _scales(vectors: Sequence[Source], scale: str | float) -> list[dict[str, flo
 
 def _rows(piece: Piece) -> list[list[float]]:
     """Sums of squares, in float64, of rows of each vector."""
-    result = []
-    for part in piece.parts:
-        squares = part.to(torch.float64).square()
-        whole = len(part) // _ROW * _ROW
-        rows = squares[:whole].view(-1, _ROW).sum(-1).tolist()
-        result.append([*rows, float(squares[whole:].sum())] if whole < len(part) else rows)
-    return result
+    return [sums_of_rows(part.to(torch.float64).square()) for part in piece.parts]
 
 
 def _peaks(piece: Piece) -> list[list[float]]:

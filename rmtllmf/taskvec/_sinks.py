@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._sharded import is_sharded, local, same_layout
-from .._state import Tensors, all_finite, check_keys, identity
+from .._state import Tensors, all_finite, check_keys, identity, memory_of
 from ..errors import InputError, NonFiniteError, StateMismatchError
 from ._sources import Base, Source, Spec, spec_of
 
@@ -231,12 +231,12 @@ def _check_memory(
     """Raise where something that is written to overlaps with what is read, or with another result."""
     places: list[tuple[str, int, int, bool, str]] = []
     for source in (part for whole in sources for part in whole.in_memory()):
-        places += [(*_place(t), False, f"{source.label}[{key!r}]") for key, t in source.tensors.items() if t.numel()]
+        places += [(*memory_of(t), False, f"{source.label}[{key!r}]") for key, t in source.tensors.items() if t.numel()]
     for key in [*specs, *alias]:
         if key in alias and identity(out[key]) == identity(out[alias[key]]):
             continue
         if out[key].numel():
-            places.append((*_place(out[key]), True, key))
+            places.append((*memory_of(out[key]), True, key))
     ends: dict[tuple[str, bool], tuple[int, str]] = {}  # how far what was seen reaches, and what it is
     for device, start, stop, written, name in sorted(places):
         for other in (True, False) if written else (True,):
@@ -247,13 +247,6 @@ def _check_memory(
                 place, reader = (name, twin) if written else (twin, name)
                 raise InputError(f"{argument}[{place!r}] shares memory with {reader}, which must not be written to")
         ends[device, written] = max(ends.get((device, written), (0, "")), (stop, name))
-
-
-def _place(tensor: Tensor) -> tuple[str, int, int]:
-    """Device, first byte, and byte after the last."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    return str(tensor.device), start, start + (last + 1) * tensor.element_size()
 
 
 def _apart(tensor: Tensor) -> bool:

@@ -23,15 +23,9 @@ from rmtllmf.taskvec import (
     trimmed_mean,
 )
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 SHARE = float(os.environ.get("RMTLLMF_BENCH_SHARE", "0.25"))
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

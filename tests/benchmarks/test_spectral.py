@@ -20,6 +20,8 @@ import torch
 from helpers import spectral_definitions as definitions
 from rmtllmf.taskvec import iso_c, tsv
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 BLOCKS = int(os.environ.get("RMTLLMF_BENCH_BLOCKS", 2))
 REPETITIONS = int(os.environ.get("RMTLLMF_BENCH_REPETITIONS", 3))
 
@@ -99,14 +101,6 @@ def compare(name, spectrum, ours, theirs, exact):
             for key in some
         )
     )
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("orders", [0, 1, 3, 8])

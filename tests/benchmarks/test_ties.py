@@ -20,15 +20,9 @@ import torch
 
 from rmtllmf.taskvec import dare, task_arithmetic, ties
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 REPETITIONS = int(os.environ.get("RMTLLMF_BENCH_REPETITIONS", 5))
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 def layers(default):
