@@ -26,6 +26,7 @@ from ._sinks import Storage, overflows
 from ._sources import Source, Spec
 
 _COPY = 1 << 22  # bytes copied at once
+_FLUSH = 1 << 26  # bytes after which the disk is set to work, while the rest is still calculated
 _BESIDE = (".json", ".txt", ".model", ".jinja", ".md")  # what a folder holds beside weights; nothing that can hold code
 _OTHER_FILES = (".bin", ".ckpt", ".gguf", ".h5", ".json", ".npz", ".onnx", ".pkl", ".pt", ".pth", ".safetensor", ".sft")
 
@@ -59,6 +60,7 @@ class Files(Storage):
         self._lock = threading.Lock()
         self._local = threading.local()
         self.descriptors: list[int] = []
+        self._flusher: _Flusher | None = None
         self._log: Any = None
 
     @property
@@ -82,6 +84,7 @@ class Files(Storage):
             self._begin(request, layout)
         paths = [self._path(name) for name, _, _ in layout]
         self.descriptors = [os.open(path, os.O_RDWR) for path in paths]
+        self._flusher = _Flusher(self.descriptors)
         self._left = {key: self.specs[key].size for key in self.fused}
         for key in self.fused:
             if not self._left[key]:
@@ -161,6 +164,8 @@ class Files(Storage):
         while len(memory):
             count = os.pwrite(self.descriptors[file], memory, offset)
             memory, offset = memory[count:], offset + count
+        if self._flusher is not None:
+            self._flusher.written(values.numel())
 
     def done(self) -> dict[str, Any]:
         """Carry over what was not fused, make sure that all of it is on disk, and give it its name."""
@@ -175,8 +180,8 @@ class Files(Storage):
                 self._write_bytes(file, offset + at, piece)
         for model in self.models:
             model.check_unchanged()
-        for descriptor in self.descriptors:
-            os.fsync(descriptor)
+        if self._flusher is not None:
+            self._flusher.finish()
         if not self.single and len(self.base.files) > 1:
             total = sum(spec.size * spec.dtype.itemsize for spec in self.specs.values())
             shards = {key: self.base.files[file].name for key, (file, _) in sorted(self.places.items())}
@@ -199,6 +204,9 @@ class Files(Storage):
 
     def close(self, *, forget: bool) -> None:
         """Let go of the files; with `forget` remove what was written."""
+        if self._flusher is not None:
+            self._flusher.stop()
+            forget = forget or self._flusher.error is not None  # what was read back is not what is on disk
         while self.descriptors:
             os.close(self.descriptors.pop())
         if self._log is not None:
@@ -206,6 +214,59 @@ class Files(Storage):
                 _remove(self.part)
                 self.journal.unlink(missing_ok=True)
             self._log.close()
+
+
+class _Flusher:
+    """A thread that has the system write files to disk while they are written to, so that little is left to wait for.
+
+    The system tells of a failure once, to whoever asks first, and takes what it could not write for written.
+    """
+
+    def __init__(self, descriptors: Sequence[int]) -> None:
+        self.error: OSError | None = None
+        self._descriptors = tuple(descriptors)
+        self._waiting = 0
+        self._stopped = False
+        self._woken = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="rmtllmf-flush", daemon=True)
+        self._thread.start()
+
+    def written(self, count: int) -> None:
+        """So many bytes more."""
+        with self._woken:
+            self._waiting += count
+            if self._waiting >= _FLUSH:
+                self._woken.notify()
+
+    def finish(self) -> None:
+        """Return when all is on disk; raise if something is not."""
+        self.stop()
+        self._flush()
+        if self.error is not None:
+            raise self.error
+
+    def stop(self) -> None:
+        """Return when no descriptor is in use any more."""
+        with self._woken:
+            self._stopped = True
+            self._woken.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._woken:
+                self._woken.wait_for(lambda: self._stopped or self._waiting >= _FLUSH)
+                if self._stopped:
+                    return
+                self._waiting = 0
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            for descriptor in self._descriptors:
+                os.fsync(descriptor)
+        except OSError as error:
+            self.error = self.error or error
 
 
 def _boot() -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import frexp, hypot, isfinite
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ WEAK = 3  # directions that float32 hides are looked at again if they are at mos
 GAP = 1e-5  # difference of eigenvalues, as a share of the largest, that float32 can see
 PADDING = 32  # directions beside those wanted: float32 mixes up neighbours, which float64 tells apart again
 SUBSPACE_GAP = 3e-3  # share of the largest eigenvalue that must part those wanted from those beyond the padding
-BLOCK = 256
+BLOCK = 128
 ROWS = 384  # of which the float64 copy stays in the cache
 
 
@@ -41,7 +42,33 @@ def rounding_level(parts: Sequence[Tensor]) -> float:
     return norm * (eps / 2 * (m**-0.5 + n**-0.5) + max(m, n) * double)
 
 
-def polar(X: Tensor, floor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+class Factors(NamedTuple):
+    r"""A matrix :math:`Q = \sum_k A_k B_k^T`, which is cheaper to multiply with another one than to write out first."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+
+    @property
+    def mT(self) -> Factors:
+        return Factors([(B, A) for A, B in self.pairs])
+
+    def times(self, M: Tensor) -> Tensor:
+        """``Q M``, in the precision of the factors."""
+        (A, B), *others = self.pairs
+        product = A @ (B.mT @ M.to(B.dtype))
+        for A, B in others:
+            product.addmm_(A, B.mT @ M.to(B.dtype))
+        return product
+
+    def whole(self) -> Tensor:
+        """``Q``."""
+        (A, B), *others = self.pairs
+        Q = A @ B.mT
+        for A, B in others:
+            Q.addmm_(A, B.mT)
+        return Q
+
+
+def polar(X: Tensor, floor: float, dtype: torch.dtype) -> tuple[Factors, Tensor]:
     r"""The partial isometry :math:`\sum_i u_i v_i^T` over the singular values of X above `floor`, and all of these.
 
     Args:
@@ -50,7 +77,8 @@ def polar(X: Tensor, floor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         dtype: float32 for errors below 1e-4, float64 for below 1e-9, relative in the Frobenius norm.
 
     Returns:
-        Q (m, n) in `dtype`; the min(m, n) singular values in float64, in any order, those below `floor` roughly.
+        Q (m, n), in factors of `dtype` or float64; the min(m, n) singular values in float64, in any order, those below
+        `floor` roughly.
     """
     if X.shape[0] < X.shape[1]:
         Q, s = polar(X.mT, floor, dtype)
@@ -67,11 +95,11 @@ def polar(X: Tensor, floor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         V, root = V[:, kept], s[kept]
         mild = root.numel() == 0 or root[0] ** 2 > FLOAT32_PRODUCT * root[-1] ** 2
         product = torch.float32 if mild and dtype == torch.float32 else torch.float64
-        return (X.to(product) @ ((V / root) @ V.mT).to(product)).to(dtype), s
+        return Factors([(X.to(product), ((V / root) @ V.mT).to(product))]), s
     U, found, V = leading(X, X.shape[1], floor, dtype)
     s = torch.zeros_like(s)
     s[: len(found)] = found
-    return (U.to(dtype) @ V.to(dtype).mT), s
+    return Factors([(U.to(dtype), V.to(dtype))]), s
 
 
 def leading(
@@ -166,7 +194,7 @@ def averaged(count: int, factor: float) -> Callable[[Piece], None]:
     return combine
 
 
-def _polar_in_float32(X: Tensor, floor: float) -> tuple[Tensor, Tensor] | None:
+def _polar_in_float32(X: Tensor, floor: float) -> tuple[Factors, Tensor] | None:
     """`polar` for m >= n, in float32 but for the directions that a float32 Gram matrix hides; None: too many of them.
 
     To first order, what hides them turns them towards the others by the residual over the difference of eigenvalues.
@@ -183,7 +211,7 @@ def _polar_in_float32(X: Tensor, floor: float) -> tuple[Tensor, Tensor] | None:
     strong, V_weak, V_strong = eigenvalues[weak:], V[:, :weak], V[:, weak:]
     s = strong.double().sqrt()
     if not weak:
-        return single @ ((V * strong.rsqrt()) @ V.mT), s
+        return Factors([(single, (V * strong.rsqrt()) @ V.mT)]), s
     B = V_weak.double()
     R = preimage(X, image(X, B))
     gap = strong[:, None] - (B * R).sum(0).float()
@@ -192,8 +220,7 @@ def _polar_in_float32(X: Tensor, floor: float) -> tuple[Tensor, Tensor] | None:
     B = _orthonormal(B - (V_strong @ turned).double())
     U, hidden, W = _by_deflation(image(X, B), weak, floor)
     V_strong = V_strong + V_weak @ turned.mT
-    Q = single @ ((V_strong * strong.rsqrt()) @ V_strong.mT)
-    Q.addmm_(U.float(), (B @ W).float().mT)
+    Q = Factors([(single, (V_strong * strong.rsqrt()) @ V_strong.mT), (U.float(), (B @ W).float())])
     s = torch.cat([s, hidden, s.new_zeros(weak - len(hidden))])
     return Q, s
 

@@ -66,6 +66,6 @@ def iso_c(vectors: Iterable[Tensors], *, scale: float = 1.0, **options: Unpack[F
         for part in parts[1:]:
             total += part
         Q, s = polar(total, rounding_level(parts), total.dtype)
-        return Q.mul_(factor * unit * float(s.mean()))
+        return Q.whole().to(total.dtype).mul_(factor * unit * float(s.mean()))
 
     return fusion.by_matrix(matrix, averaged(fusion.count, factor))

@@ -84,7 +84,10 @@ def tsv(vectors: Iterable[Tensors], *, scale: float = 1.0, **options: Unpack[Fus
             (left, length), (right, width) = (polar(tensor, COINCIDENT, dtype) for tensor in (U, V))
             if dtype == torch.float64 or (_apart(length, len(U)) and _apart(width, len(V))):
                 break
-        return (left * (factor * unit * s).to(dtype)) @ right.mT
+        s = (factor * unit * s).to(dtype)
+        if len(U) >= len(V):
+            return left.times(s[:, None] * right.whole().to(dtype).mT).to(dtype)
+        return right.times(s[:, None] * left.whole().to(dtype).mT).to(dtype).mT
 
     return fusion.by_matrix(matrix, averaged(count, factor))
 

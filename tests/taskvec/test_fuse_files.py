@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -445,6 +446,35 @@ def test_a_full_disk(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space left"):
             fuse_files(*request)
     assert not request[2].exists()
+    fuse_files(*request)
+    same_bits(load_file(request[2]), fuse(states[0], states[1:]))
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_what_did_not_reach_the_disk_is_told_and_not_gone_on_with(background, tmp_path, monkeypatch):
+    """A system tells of a failing disk once: to whoever asks first, while the file is written or at the end."""
+    states, paths = written(tmp_path, count=2)
+    request = (paths[0], paths[1:], tmp_path / "out.safetensors")
+    monkeypatch.setattr("rmtllmf.taskvec._checkpoint_writer._FLUSH", 8 if background else 1 << 26)
+    failed, fsync, pwrite, begun = threading.Event(), os.fsync, os.pwrite, []
+
+    def fail_once(descriptor):
+        if not failed.is_set():
+            failed.set()
+            raise OSError(5, "the disk is broken")
+        fsync(descriptor)
+
+    def write_slowly(*arguments):
+        begun.append(arguments)
+        assert len(begun) == 1 or not background or failed.wait(60)
+        return pwrite(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail_once)
+        patch.setattr(os, "pwrite", write_slowly)
+        with pytest.raises(OSError, match="the disk is broken"):
+            fuse_files(*request)
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
     fuse_files(*request)
     same_bits(load_file(request[2]), fuse(states[0], states[1:]))
 
