@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +13,7 @@ from ..errors import InputError
 from . import _engine
 from ._engine import Fusion, Piece
 
-CHUNK = 1 << 14  # entries: eight vectors and their differences in float64 stay in the cache of a core
+CHUNK = 1 << 15  # entries: eight vectors and their differences take 4 MB in float64; shorter ones cost more calls
 CHUNK_ON_DEVICE = 1 << 20
 
 
@@ -23,13 +24,12 @@ def squared_distances(fusion: Fusion) -> Tensor:
     and far from the origin, or beside a third one that is a million times as long.
     """
 
-    def look(rows: Tensor) -> Tensor:
+    def look(rows: Tensor, space: Tensor) -> Tensor:
         count = len(rows)
         found = rows.new_zeros(count, count)
-        space = torch.empty_like(rows)
         for index in range(count - 1):
             apart = torch.sub(rows[index + 1 :], rows[index], out=space[index + 1 :])
-            found[index, index + 1 :] = torch.linalg.vecdot(apart, apart)
+            found[index, index + 1 :] = _squares(apart)
         return found
 
     upper = _summed(fusion, look)
@@ -39,8 +39,8 @@ def squared_distances(fusion: Fusion) -> Tensor:
 def gram_around(fusion: Fusion, center: int) -> Tensor:
     r"""``(N, N)`` float64 on the CPU: inner products of the differences of the weighted vectors from one of them."""
 
-    def look(rows: Tensor) -> Tensor:
-        apart = rows - rows[center]
+    def look(rows: Tensor, space: Tensor) -> Tensor:
+        apart = torch.sub(rows, rows[center], out=space)
         return apart @ apart.T
 
     return _summed(fusion, look)
@@ -48,11 +48,16 @@ def gram_around(fusion: Fusion, center: int) -> Tensor:
 
 def squared_norms(fusion: Fusion) -> Tensor:
     """``(N,)`` float64 on the CPU: the squared norms of the weighted vectors."""
-    return _summed(fusion, lambda rows: torch.linalg.vecdot(rows, rows))
+    return _summed(fusion, lambda rows, space: _squares(rows))
 
 
-def _summed(fusion: Fusion, look: Callable[[Tensor], Tensor]) -> Tensor:
-    """The sum of what `look` finds in ``(N, n)`` chunks.
+def _squares(rows: Tensor) -> Tensor:
+    """The squared norm of each row."""
+    return torch.linalg.vector_norm(rows, dim=-1).square_()
+
+
+def _summed(fusion: Fusion, look: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The sum of what `look` finds in ``(N, n)`` chunks; it is given as much memory beside each.
 
     The chunks are the same ones, added up in the same order, whatever the threads do and whether a tensor is read in
     pieces or as a whole: the same bits.
@@ -63,19 +68,24 @@ def _summed(fusion: Fusion, look: Callable[[Tensor], Tensor]) -> Tensor:
             "torch.no_grad()"
         )
 
+    local = threading.local()  # memory that is asked for again and again by several threads adds up
+
     def survey(piece: Piece) -> tuple[str, Tensor]:
         device = piece.parts[0].device
         longest = min(CHUNK, _engine.PIECE) if device.type == "cpu" else min(CHUNK_ON_DEVICE, _engine.PIECE_ON_DEVICE)
-        space = torch.empty(len(piece.parts), min(longest, len(piece)), dtype=torch.float64, device=device)
+        rooms = getattr(local, "rooms", None)
+        if rooms is None or rooms.device != device:
+            rooms = local.rooms = torch.empty(2, fusion.count * longest, dtype=torch.float64, device=device)
         found = []
         for start in range(0, len(piece), longest):
-            rows = space[:, : min(longest, len(piece) - start)]
+            shape = (fusion.count, min(longest, len(piece) - start))
+            rows, space = rooms[:, : shape[0] * shape[1]].view(2, *shape)
             for row, part in zip(rows, piece.parts, strict=True):
                 row.copy_(part[start : start + longest])
-            found.append(look(rows))
+            found.append(look(rows, space))
         return piece.key, torch.stack(found).cpu()
 
-    nothing = look(torch.zeros(fusion.count, 1, dtype=torch.float64))[None]
+    nothing = look(*torch.zeros(2, fusion.count, 1, dtype=torch.float64))[None]
     found = [nothing]
     for key, sums in fusion.survey(survey):
         if not torch.isfinite(sums).all():

@@ -79,6 +79,7 @@ def tsv(vectors: Iterable[Tensors], *, scale: float = 1.0, **options: Unpack[Fus
         for quick in (True, False):
             found = [leading(part, kept, rounding_level([part]), dtype, quick=quick) for part in parts]
             U, s, V = (torch.cat(tensors, -1) for tensors in zip(*found, strict=True))
+            del found
             if not len(s):
                 return torch.zeros_like(parts[0])
             (left, length), (right, width) = (polar(tensor, COINCIDENT, dtype) for tensor in (U, V))
