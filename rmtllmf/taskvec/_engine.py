@@ -62,6 +62,7 @@ class Fusion:
         weights: name -> a weight for each vector.
         templates: name -> a DTensor like the vectors', where these are spread over several processes.
         together: all processes do the same in the same order.
+        longer: how many times as long as usual pieces are.
         differentiable: whether the caller expects gradients to flow to the vectors.
     """
 
@@ -92,16 +93,24 @@ class Fusion:
         self.templates = templates_of(list(self.sources))
         self.sink.check_layout(self.keys, self.templates)
         self.together = False
+        self.longer = 1
         self.progress = bool(options.get("progress", False))
 
     def by_entry(
-        self, combine: Callable[[Piece], None], *, weighted: bool = True, positional: bool = False
+        self,
+        combine: Callable[[Piece], None],
+        *,
+        weighted: bool = True,
+        positional: bool = False,
+        frugal: bool = False,
     ) -> TaskVector:
         """The update of a rule that works entry by entry: `combine` fills ``piece.into``.
 
         With `weighted` the parts come multiplied by their weights. `positional`: what becomes of an entry depends on
-        where in its tensor it is, so that ``piece.start`` must count from the start of the whole tensor.
+        where in its tensor it is, so that ``piece.start`` must count from the start of the whole tensor. `frugal`: it
+        needs hardly any memory beside the parts, so that pieces may be longer.
         """
+        self.longer = 2 if frugal else 1
         return self._run([], None, combine, weighted, by_part=not positional)
 
     def by_matrix(
@@ -220,7 +229,7 @@ class Fusion:
     def _pieces(self, keys: Iterable[str]) -> Iterator[tuple[str, int, int]]:
         for key in keys:
             spec = self.specs[key]
-            longest = PIECE if spec.device.type == "cpu" else PIECE_ON_DEVICE
+            longest = self.longer * (PIECE if spec.device.type == "cpu" else PIECE_ON_DEVICE)
             if not all(source.sliceable(key) for source in self.sources):
                 longest = max(1, spec.size)
             for start in range(0, spec.size, longest):

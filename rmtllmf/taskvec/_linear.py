@@ -39,7 +39,7 @@ def weighted_sum(fusion: Fusion, coefficients: Callable[[str], Sequence[float]])
         if equal and len(terms) > 1 and a != 1:
             piece.into.mul_(a)
 
-    return fusion.by_entry(combine, weighted=False)
+    return fusion.by_entry(combine, weighted=False, frugal=True)
 
 
 def _differentiable(fusion: Fusion, coefficients: Callable[[str], Sequence[float]]) -> TaskVector:

@@ -265,7 +265,13 @@ def _census(part: Tensor, piece: Piece, bracket: _Bracket, dtype: torch.dtype) -
     values = size.numpy()
     flags, others = (piece.spare(slot).view(torch.bool).numpy()[: len(values)] for slot in (1, 2))
     from_low = int(np.count_nonzero(np.greater_equal(values, low, out=flags)))
-    above_high = int(np.count_nonzero(np.greater(values, high, out=flags)))
+    above_high = int(np.count_nonzero(np.greater(values, high, out=others)))
+    if from_low - above_high <= most:  # nearly always: few enough to be looked at one by one
+        closed = values[np.logical_xor(flags, others, out=flags)]
+        at_low, at_high = int(np.count_nonzero(closed == low)), int(np.count_nonzero(closed == high))
+        if at_low or at_high:
+            closed = closed[(closed > low) & (closed < high)]
+        return _Census(from_low, from_low - at_low, above_high + at_high, above_high, torch.from_numpy(closed))
     from_high = int(np.count_nonzero(np.greater_equal(values, high, out=flags)))
     above_low = int(np.count_nonzero(np.greater(values, low, out=others)))
     if above_low - from_high > most:

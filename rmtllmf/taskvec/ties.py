@@ -18,7 +18,7 @@ from .vector import TaskVector
 
 __all__ = ["ties"]
 
-BLOCK = 1 << 16  # entries
+BLOCK = 1 << 17  # entries
 
 Trim = Literal["global", "tensor"]
 Combine = Literal["mean", "sum", "weighted mean"]

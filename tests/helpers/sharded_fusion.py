@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -181,3 +182,5 @@ def main():
 
 if __name__ == "__main__":
     main()
+    sys.stderr.flush()
+    os._exit(0)  # torch's own threads sometimes abort a process that is otherwise at its end
