@@ -21,7 +21,7 @@ from ..errors import InputError, NonFiniteError
 from ._distributed import run_spread, templates_of
 from ._options import FusionOptions, checked_dtype, checked_options, weights_of
 from ._sinks import Memory, Sink
-from ._sources import Source, Spec, bendable, sources_of
+from ._sources import Source, Spec, Stored, bendable, sources_of
 from .vector import TaskVector
 
 Found = TypeVar("Found")
@@ -108,9 +108,9 @@ class Fusion:
 
         With `weighted` the parts come multiplied by their weights. `positional`: what becomes of an entry depends on
         where in its tensor it is, so that ``piece.start`` must count from the start of the whole tensor. `frugal`: it
-        needs hardly any memory beside the parts, so that pieces may be longer.
+        needs hardly any memory beside the parts, so that pieces may be longer where these are in memory already.
         """
-        self.longer = 2 if frugal else 1
+        self.longer = 2 if frugal and all(isinstance(source, Stored) for source in self.sources) else 1
         return self._run([], None, combine, weighted, by_part=not positional)
 
     def by_matrix(
