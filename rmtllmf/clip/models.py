@@ -1,8 +1,4 @@
-"""open_clip models as image classifiers: an encoder, and a frozen zero-shot head made from the names of the classes.
-
-The only part of the library that knows open_clip and torchvision. Both are imported when a function that needs them
-is called, so that ``import rmtllmf.clip`` works without them.
-"""
+"""open_clip models as image classifiers: an encoder, and a frozen zero-shot head made from the names of the classes."""
 
 from __future__ import annotations
 
@@ -18,11 +14,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ._classifier import ImageClassifier, ZeroShotHead
-from ._state import whole_number
-from ._tasks import Batches, device_of, mode
-from .errors import InputError
-from .metrics import accuracy
+from .._classifier import ImageClassifier, ZeroShotHead
+from .._state import whole_number
+from .._tasks import Batches, device_of, mode
+from ..errors import InputError
+from ..metrics import accuracy
 
 __all__ = ["ImageClassifier", "OpenClip", "ZeroShotHead", "evaluate", "image_classifier", "load", "zero_shot_head"]
 
