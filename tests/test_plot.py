@@ -10,8 +10,9 @@ import torch
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from rmtllmf.metrics import cosine_similarity
-from rmtllmf.plot import fusion_chart, similarity_heatmap
+from rmtllmf.errors import InputError
+from rmtllmf.metrics import DisentanglementGrid, cosine_similarity
+from rmtllmf.plot import disentanglement_map, fusion_chart, similarity_heatmap
 
 METHODS = ("unprotected", "restored", "realigned", "both")
 CONDITIONS = ("ideal", "strongest_user", "sum_rate")
@@ -138,8 +139,49 @@ def test_a_tensor_straight_from_the_metric():
     assert similarity_heatmap([[1.0, -1e-4], [-1e-4, 1.0]]).texts[1].get_text() == "0.00"
 
 
+def grid(scales=(0.0, 0.5, 1.0), factor=1.0):
+    first = factor * torch.linspace(0, 0.4, len(scales) ** 2, dtype=torch.float64).reshape(len(scales), -1)
+    second = first.square()
+    return DisentanglementGrid(scales, first + second, {"mnist": first, "svhn": second})
+
+
+@pytest.mark.parametrize("task", [None, "mnist", "svhn"])
+def test_the_map_shows_every_pair_of_scales_in_its_place(task):
+    """The first task's scale to the right, the second's upwards."""
+    shown = grid()
+    ax = disentanglement_map(shown, task)
+    (mesh,) = ax.collections
+    values = shown.total if task is None else shown.per_task[task]
+    assert np.array_equal(mesh.get_array(), values.T.numpy())
+    corners = mesh.get_coordinates()
+    for row, up in enumerate(shown.scales):
+        for column, right in enumerate(shown.scales):
+            assert corners[row : row + 2, column : column + 2].mean((0, 1)).tolist() == pytest.approx([right, up])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("scale of mnist", "scale of svhn")
+    assert mesh.get_clim() == (0, 1)
+    label = ax.figure.axes[1].get_ylabel()
+    assert label == ("weight disentanglement error" if task is None else f"changed predictions on {task} (share)")
+
+
+def test_the_map_of_large_errors_a_single_scale_and_bad_input():
+    assert disentanglement_map(grid(factor=2.5)).collections[0].get_clim() == (0, 2)
+    corners = disentanglement_map(grid(scales=(0.3,))).collections[0].get_coordinates()
+    assert corners.mean((0, 1)).tolist() == pytest.approx([0.3, 0.3])
+    edges = disentanglement_map(grid(scales=(0.0, 0.1, 1.0))).collections[0].get_coordinates()[0, :, 0]
+    assert edges.tolist() == pytest.approx([-0.05, 0.05, 0.55, 1.45])
+    with pytest.raises(InputError, match="task: expected one of 'mnist', 'svhn', got 'cars'"):
+        disentanglement_map(grid(), "cars")
+    with pytest.raises(TypeError, match="grid: expected a DisentanglementGrid, got ndarray"):
+        disentanglement_map(np.eye(2))
+
+
 @pytest.mark.parametrize(
-    "draw", [lambda ax: fusion_chart(rows(), ax=ax), lambda ax: similarity_heatmap(np.eye(2), ax=ax)]
+    "draw",
+    [
+        lambda ax: fusion_chart(rows(), ax=ax),
+        lambda ax: similarity_heatmap(np.eye(2), ax=ax),
+        lambda ax: disentanglement_map(grid(), ax=ax),
+    ],
 )
 def test_axes_are_returned_and_pyplot_is_left_alone(draw, tmp_path):
     ax = Figure().add_subplot()

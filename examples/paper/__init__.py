@@ -1,1 +1,1 @@
-"""The paper's experiment: every subset of the tasks, every uplink, every protection; ``python -m paper`` in examples."""
+"""The paper's experiment: every subset of the tasks, uplink and protection; ``python -m paper`` in examples."""

@@ -4,14 +4,29 @@ The only part of the library that knows open_clip and torchvision. Both are impo
 is called, so that ``import rmtllmf.clip`` works without them.
 """
 
+from .datasets import DATASETS, Dataset, fewest_per_class, load_dataset
+from .hugging_face import from_hugging_face, to_hugging_face
 from .models import ImageClassifier, OpenClip, ZeroShotHead, evaluate, image_classifier, load, zero_shot_head
+from .prompts import class_names, templates
+from .published import PUBLISHED, PublishedModel, load_finetuned
 
-__all__ = [
+__all__ = [  # noqa: RUF022
+    "DATASETS",
+    "Dataset",
     "ImageClassifier",
     "OpenClip",
+    "PUBLISHED",
+    "PublishedModel",
     "ZeroShotHead",
+    "class_names",
     "evaluate",
+    "fewest_per_class",
+    "from_hugging_face",
     "image_classifier",
     "load",
+    "load_dataset",
+    "load_finetuned",
+    "templates",
+    "to_hugging_face",
     "zero_shot_head",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from copy import copy
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from .._state import StateLike, Tensors, as_state, check_keys, check_shapes, ide
 from .._tasks import Head, forward, logits_of
 from ..errors import NonFiniteError, ShapeError, StateMismatchError
 
-__all__ = ["WithState", "check_model", "logit_matrix", "predictions", "state_of"]
+__all__ = ["WithState", "check_model", "checked_rows", "logit_matrix", "predictions", "state_of"]
 
 
 def check_model(model: object) -> None:
@@ -30,6 +31,18 @@ def logit_matrix(logits: Any, argument: str) -> Tensor:
         raise ShapeError(f"{argument}: expected logits of shape (B, K), got {tuple(logits.shape)}")
     if bool(logits.isnan().any()):
         raise NonFiniteError(f"{argument}: the logits hold NaN, so that there is no prediction")
+    return logits
+
+
+def checked_rows(logits: Tensor, count: int, argument: str) -> Tensor:
+    """`logits` if they are finite, and one row for each of `count` inputs."""
+    if logits.shape[0] != count:
+        raise ShapeError(
+            f"model: expected logits ({count}, K) for {'one input' if count == 1 else f'{count} inputs'}, got "
+            f"{tuple(logits.shape)}"
+        )
+    if not bool(logits.isfinite().all()):
+        raise NonFiniteError(f"{argument}: the logits are not finite")
     return logits
 
 
@@ -82,15 +95,22 @@ class WithState:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return functional_call(self.model, self.state, args, kwargs)
 
-    def logits(self, inputs: Any, argument: str) -> Tensor:
-        """(B, K) of a complete model."""
-        return self.inside(lambda logits: logits, inputs, argument)
+    def replaced(self, state: Tensors) -> WithState:
+        """The same with other tensors for some names of `self.state`, unchecked."""
+        other = copy(self)
+        other.state = {**self.state, **state}
+        return other
 
-    def inside(self, function: Callable[[Tensor], Any], inputs: Any, argument: str) -> Any:
+    def logits(self, inputs: Any, argument: str, *, head: Head | None = None) -> Tensor:
+        """(B, K), of a complete model where there is no head."""
+        return self.inside(lambda logits: logits, inputs, argument, head=head)
+
+    def inside(self, function: Callable[[Tensor], Any], inputs: Any, argument: str, *, head: Head | None = None) -> Any:
         """``function(logits)`` while the state is in place: a checkpointed backward pass runs the model again."""
 
         def after(output: Any) -> Any:
-            tensor = output if isinstance(output, Tensor) else getattr(output, "logits", output)
+            logits = output if head is None else head(output)
+            tensor = logits if isinstance(logits, Tensor) else getattr(logits, "logits", logits)
             return function(logit_matrix(tensor, argument))
 
         state = {f"model.{name}": tensor for name, tensor in self.state.items()}

@@ -23,7 +23,7 @@ from .._tasks import Tasks, as_tasks, device_of, mode, pairs
 from ..errors import InputError
 from ._call import WithState, check_model, state_of
 
-__all__ = ["Disentanglement", "weight_disentanglement_error"]
+__all__ = ["Disentanglement", "checked_vectors", "moved_by", "weight_disentanglement_error"]
 
 
 @dataclass(frozen=True)
@@ -93,20 +93,15 @@ def weight_disentanglement_error(
     named = as_tasks(tasks, "tasks")
     if len(named) < 2:
         raise InputError(f"tasks: expected at least two, since one task has nobody to interfere with; got {len(named)}")
-    taus = _in_order(vectors, list(named))
     joint_scale = heuristic_scale(len(named)) if scale is None else finite_number(scale, "scale")
     own_scale = joint_scale if single_scale is None else finite_number(single_scale, "single_scale")
-    origin = state_of(model, base, "base")
-    checked = as_vectors(taus, "vectors")
-    bendable = {key: tensor for key, tensor in origin.items() if is_bendable(key, tensor)}
-    check_keys(checked[0], bendable, "vectors", "the floating-point entries of base")
-    check_shapes(checked[0], bendable, "vectors", "base")
+    origin, taus = checked_vectors(model, base, vectors, list(named))
 
-    joint = WithState(model, _moved_by(origin, joint_scale, *checked))
+    joint = WithState(model, moved_by(origin, [joint_scale] * len(taus), taus))
     shares = {}
     with mode(False, model, *(task.head for task in named.values())):
-        for (name, task), tau in zip(named.items(), checked, strict=True):
-            alone = WithState(model, _moved_by(origin, own_scale, tau))
+        for (name, task), tau in zip(named.items(), taus, strict=True):
+            alone = WithState(model, moved_by(origin, [own_scale], [tau]))
             differ = count = 0
             for inputs, _ in pairs(task.batches, f"tasks[{name!r}]", device_of(model)):
                 first = alone.predictions(task.head, inputs, f"tasks[{name!r}]")
@@ -117,6 +112,19 @@ def weight_disentanglement_error(
                 raise InputError(f"tasks[{name!r}]: expected at least one input, got only empty batches")
             shares[name] = differ / count
     return Disentanglement(sum(shares.values()), shares)
+
+
+def checked_vectors(
+    model: nn.Module, base: StateLike, vectors: Sequence[Tensors] | Mapping[str, Tensors], names: list[str]
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """The base as a state of the model, and a fitting vector for each name."""
+    taus = _in_order(vectors, names)
+    origin = state_of(model, base, "base")
+    checked = as_vectors(taus, "vectors")
+    bendable = {key: tensor for key, tensor in origin.items() if is_bendable(key, tensor)}
+    check_keys(checked[0], bendable, "vectors", "the floating-point entries of base")
+    check_shapes(checked[0], bendable, "vectors", "base")
+    return origin, checked
 
 
 def _in_order(vectors: Sequence[Tensors] | Mapping[str, Tensors], names: list[str]) -> list[Tensors]:
@@ -130,17 +138,18 @@ def _in_order(vectors: Sequence[Tensors] | Mapping[str, Tensors], names: list[st
     return list(vectors)
 
 
-def _moved_by(origin: Tensors, scale: float, *taus: Tensors) -> dict[str, Tensor]:
-    """``origin + scale * sum(taus)``, in float32 at least, back in the dtype of `origin`."""
-    moved = map_tied(_add(scale), taus[0], origin, *taus)
+def moved_by(origin: Tensors, scales: Sequence[float], taus: Sequence[Tensors]) -> dict[str, Tensor]:
+    """``origin + sum(scale * tau)``, in float32 at least, back in the dtype of `origin`."""
+    moved = map_tied(_add(scales), taus[0], origin, *taus)
     return {**origin, **moved}
 
 
-def _add(scale: float) -> Callable[..., Tensor]:
+def _add(scales: Sequence[float]) -> Callable[..., Tensor]:
     def add(start: Tensor, *steps: Tensor) -> Tensor:
-        total = torch.zeros_like(start, dtype=torch.promote_types(start.dtype, torch.float32))
-        for step in steps:
-            total += step.detach().to(start.device)
-        return (start + scale * total).to(start.dtype)
+        total = start.to(torch.promote_types(start.dtype, torch.float32), copy=True)
+        for scale, step in zip(scales, steps, strict=True):
+            if scale:
+                total.add_(step.detach().to(start.device), alpha=scale)
+        return total.to(start.dtype)
 
     return add

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .._state import StateLike, finite_number, identity, is_bendable, quoted
-from .._tasks import device_of, mode, moved
-from ..errors import InputError, NonFiniteError, ShapeError
+from .._random import Seed, seed_number
+from .._state import StateLike, finite_number, whole_number
+from .._tasks import Head, device_of, mode, moved
+from ..errors import InputError
 from ._call import WithState, check_model, state_of
+from ._exact import exact_deviations
+from ._inputs import batch_size
+from ._jvp import jvp_deviations
+from ._variances import Tolerated, variances_of
 
-__all__ = ["DisturbanceTest", "disturbance_test"]
+__all__ = ["DisturbanceTest", "disturbance_test", "prepared", "quantile"]
 
-_METHODS = ("exact",)
+_METHODS = ("exact", "jvp")
 
 
 @dataclass(frozen=True)
@@ -27,14 +32,19 @@ class DisturbanceTest:
         ratio: :math:`R = z_u / z_d`, undisturbed over disturbed logit: the paper's statistic, 1 without disturbance.
         statistic: :math:`\lvert z_d - z_u \rvert`.
         sd: standard deviation of :math:`z_d - z_u` under the tolerated variance, to first order.
-        threshold: :math:`z_{1 - \alpha/2}\, \mathrm{sd}`.
+        threshold: :math:`q\, \mathrm{sd}` with the two-sided quantile :math:`q` at level alpha: of the normal
+            distribution, or of Student's t distribution where `sd` is an estimate.
         rejected: ``statistic > threshold``: the disturbance is larger than what is tolerated.
+        predicted: (inputs,) int64, the class with the largest undisturbed logit.
+        alpha: the level.
+        degrees: of freedom of `sd`: the number of tangents, or infinity where `sd` is exact.
 
     Example:
         >>> import torch
-        >>> one = torch.ones(1, 1)
-        >>> bool(DisturbanceTest(one, one, one, 1.96 * one, one < 0).rejected.any())
-        False
+        >>> one, none = torch.ones(1, 1), torch.zeros(1, dtype=torch.long)
+        >>> test = DisturbanceTest(one, one, one, 2.776 * one, one < 0, none, alpha=0.05, degrees=4)
+        >>> bool(test.rejected.any()), round(test.variance_error, 3)
+        (False, 0.707)
     """
 
     ratio: Tensor
@@ -42,17 +52,32 @@ class DisturbanceTest:
     sd: Tensor
     threshold: Tensor
     rejected: Tensor
+    predicted: Tensor
+    alpha: float
+    degrees: float = math.inf
+
+    @property
+    def variance_error(self) -> float:
+        r"""The relative standard error of `sd` squared, :math:`\sqrt{2 / K}` from K tangents; 0 where exact.
+
+        :math:`K\, \widehat{\mathrm{sd}}^2 / \mathrm{sd}^2` is chi-squared with K degrees of freedom. The errors of
+        different logits and inputs are not independent: all see the same tangents.
+        """
+        return math.sqrt(2 / self.degrees)
 
 
 def disturbance_test(
     model: nn.Module,
     undisturbed: StateLike,
     disturbed: StateLike,
-    tolerated_variance: float | Mapping[str, float],
+    tolerated_variance: Tolerated,
     inputs: Any,
     *,
     alpha: float = 0.05,
     method: str = "exact",
+    tangents: int = 4,
+    seed: Seed | None = None,
+    head: Head | None = None,
 ) -> DisturbanceTest:
     r"""Test for every input and logit whether the parameters were disturbed by more than a tolerated variance.
 
@@ -66,24 +91,40 @@ def disturbance_test(
     over a channel :math:`V = \lambda_N^2 \sum_q \mu_q\, \mathrm{scale}_q^2`, with the MSEs of the channel that is
     *tolerated* (the ideal uplink, say): with those of the channel under test the rate is alpha, whatever they are.
 
+    In forward mode the variance is estimated from K tangents, and Student's t distribution with K degrees of freedom
+    takes the place of the normal one, so that the level stays alpha (for K = 4 the normal quantile would reject 12 %
+    instead of 5 %):
+
+    .. math:: \widehat{\mathrm{sd}}_k(x)^2 = \frac{1}{K} \sum_{i=1}^{K} \bigl(J_k(x)\, u_i\bigr)^2, \quad
+              u_i \sim \mathcal{N}(0, \mathrm{diag}\, V), \qquad
+              \text{reject if } \lvert z_{d,k} - z_{u,k} \rvert > t_{K, 1 - \alpha/2}\, \widehat{\mathrm{sd}}_k
+
     Args:
-        model: its parameters are not used and not touched; in evaluation mode meanwhile. Its output for one input must
-            be logits (1, K).
+        model: its parameters are not used and not touched; in evaluation mode meanwhile. Its output for B inputs must
+            be logits (B, K), unless there is a `head`; ``method="exact"`` calls it with one input at a time.
         undisturbed: parameters, where the derivatives are taken: a module, a state dict or a safetensors path.
         disturbed: the same after the disturbance.
         tolerated_variance: :math:`V_j` for every floating-point entry of the state dict but running statistics; or
-            name -> variance. Entries that a mapping does not name are taken to be undisturbed: variance 0.
+            name -> variance, a number or a tensor of the entry's shape. Entries that a mapping does not name are taken
+            to be undisturbed: variance 0.
         inputs: a batch (B, ...), or a tuple or mapping of such for models with several arguments.
         alpha: level of the test, between 0 and 1.
-        method: "exact": one backward pass per input and logit. The graph of one input at a time is kept.
+        method: "exact": one backward pass per input and logit, the graph of one input at a time is kept. "jvp":
+            forward mode, for all inputs and logits at once: each tangent costs about as much as three forward passes,
+            and the memory of one more copy of the parameters and of the activations of a forward pass without a graph.
+        tangents: K, for "jvp". The relative standard error of the estimated variance is :math:`\sqrt{2/K}`.
+        seed: of the tangents, for "jvp": an int or a ``torch.Generator``. Every parameter has a generator of its own,
+            so that neither the order of names nor the batch plays a part. Tied parameters share one tangent.
+        head: turns the model's output into logits (B, K); its own parameters are not disturbed.
 
     Returns:
         A `DisturbanceTest`.
 
     Raises:
-        StateMismatchError: states that do not fit the model. ShapeError: logits or inputs of another shape.
-        InputError: an unknown name or `method`, `alpha` outside (0, 1), a negative or non-finite variance, no inputs.
-        NonFiniteError: logits that are not finite.
+        StateMismatchError: states that do not fit the model. ShapeError: logits, inputs or variances of another shape.
+        InputError: an unknown name or `method`, `alpha` outside (0, 1), a negative variance, no inputs, no `seed` for
+            "jvp", or a model that cannot be differentiated in forward mode: use "exact".
+        NonFiniteError: logits or variances that are not finite.
 
     Source: R-MTLLMF, eq. 9 to 12, with the variance and the threshold put right.
 
@@ -94,122 +135,63 @@ def disturbance_test(
         >>> test = disturbance_test(model, clean, bent, 1.0, torch.eye(2))
         >>> test.statistic.tolist(), test.rejected.tolist()
         ([[0.0], [3.0]], [[False], [True]])
+        >>> disturbance_test(model, clean, bent, 1.0, torch.eye(2), method="jvp", seed=0).threshold.shape
+        torch.Size([2, 1])
     """
+    test = prepared(model, undisturbed, disturbed, tolerated_variance, alpha, method, tangents, seed)
+    batch_size(inputs)
+    with mode(False, model, head):
+        return test(inputs, head)
+
+
+def prepared(
+    model: nn.Module,
+    undisturbed: StateLike,
+    disturbed: StateLike,
+    tolerated_variance: Tolerated,
+    alpha: float,
+    method: str,
+    tangents: int,
+    seed: Seed | None,
+) -> Callable[[Any, Head | None], DisturbanceTest]:
+    """Check everything but the inputs; the test as a function of inputs and head, with the same tangents each time."""
     check_model(model)
     if method not in _METHODS:
         raise InputError(f"method: expected one of {', '.join(map(repr, _METHODS))}, got {method!r}")
     level = finite_number(alpha, "alpha")
     if not 0 < level < 1:
         raise InputError(f"alpha: expected a number between 0 and 1, got {level}")
+    count = whole_number(tangents, "tangents", at_least=1)
+    if method == "jvp" and seed is None:
+        raise InputError("seed: expected an int or a torch.Generator for method='jvp', which draws tangents; got None")
     before, after = state_of(model, undisturbed, "undisturbed"), state_of(model, disturbed, "disturbed")
-    variance = _variances(model, before, tolerated_variance)
-    count = _batch_size(inputs)
-    inputs = moved(inputs, device_of(model))
-    # detached by `state_of`: neither the model nor the caller's tensors see a gradient
-    clean = WithState(model, {**before, **{name: before[name].requires_grad_() for name in variance}})
-    bent = WithState(model, after)
+    variance = variances_of(model, before, tolerated_variance)
+    bent, device = WithState(model, after), device_of(model)
+    if method == "exact":
+        # detached by `state_of`: neither the model nor the caller's tensors see a gradient
+        before = {**before, **{name: before[name].requires_grad_() for name in variance}}
+    clean = WithState(model, before)
+    number = 0 if seed is None or method == "exact" else seed_number(seed)
+    degrees = math.inf if method == "exact" else float(count)
 
-    def gradients(logits: Tensor) -> tuple[Tensor, Tensor]:
-        row = _one_row(logits, "undisturbed")
-        return row.detach(), _deviations(row, {name: clean.state[name] for name in variance}, variance)
-
-    z_u, z_d, sd = [], [], []
-    with mode(False, model), torch.enable_grad():
-        for index in range(count):
-            one = _single(inputs, index)
-            z_d.append(_one_row(bent.logits(one, "disturbed"), "disturbed").detach())
-            logits, deviations = clean.inside(gradients, one, "undisturbed")
-            z_u.append(logits)
-            sd.append(deviations)
-    undisturbed_logits, disturbed_logits = torch.stack(z_u).double(), torch.stack(z_d).double()
-    deviation = torch.stack(sd)
-    statistic = (disturbed_logits - undisturbed_logits).abs()
-    threshold = -float(torch.special.ndtri(torch.tensor(level / 2, dtype=torch.float64))) * deviation
-    ratio = undisturbed_logits / disturbed_logits
-    return DisturbanceTest(ratio, statistic, deviation, threshold, statistic > threshold)
-
-
-def _deviations(logits: Tensor, parameters: dict[str, Tensor], variance: dict[str, float]) -> Tensor:
-    """(K,) the standard deviation of each logit, from the gradient of each."""
-    totals = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-    if parameters and not logits.requires_grad:
-        raise InputError(
-            "model: its logits have no gradient with respect to any parameter that has a tolerated variance; is this "
-            "within torch.inference_mode(), or is forward decorated with torch.no_grad()?"
+    def test(inputs: Any, head: Head | None) -> DisturbanceTest:
+        inputs = moved(inputs, device)
+        if method == "exact":
+            z_u, z_d, deviation = exact_deviations(clean, bent, variance, inputs, head)
+        else:
+            z_u, z_d, deviation = jvp_deviations(clean, bent, variance, inputs, head, count, number)
+        z_u, z_d = z_u.double(), z_d.double()
+        statistic, threshold = (z_d - z_u).abs(), quantile(level, degrees) * deviation
+        return DisturbanceTest(
+            z_u / z_d, statistic, deviation, threshold, statistic > threshold, z_u.argmax(-1), level, degrees
         )
-    if parameters:
-        leaves, pick = list(parameters.values()), torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
-        for index in range(len(logits)):
-            # the graph is kept for the next logit, and dies with `logits` after the last
-            gradients = torch.autograd.grad(logits, leaves, pick[index], retain_graph=True, allow_unused=True)
-            for name, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    totals[index] += variance[name] * gradient.double().square().sum().to(totals.device)
-    return totals.sqrt()
+
+    return test
 
 
-def _variances(model: nn.Module, state: dict[str, Tensor], tolerated: float | Mapping[str, float]) -> dict[str, float]:
-    """Name -> variance where it is positive; tied entries under the last of their names, as in `WithState`."""
-    own = model.state_dict(keep_vars=True)
-    last = {identity(own[name]): name for name in own}
-    bendable = [name for name in state if is_bendable(name, state[name])]
-    if isinstance(tolerated, Mapping):
-        unknown = [str(name) for name in tolerated if name not in bendable]
-        if unknown:
-            raise InputError(
-                f"tolerated_variance: {quoted(unknown)} is no floating-point entry of the model, which has "
-                f"{quoted(bendable, 8)}"
-            )
-        named = {name: _variance(value, f"tolerated_variance[{name!r}]") for name, value in tolerated.items()}
-    else:
-        named = dict.fromkeys(bendable, _variance(tolerated, "tolerated_variance"))
-    result: dict[str, float] = {}
-    for name, value in named.items():
-        first = last[identity(own[name])]
-        if result.setdefault(first, value) != value:
-            raise InputError(f"tolerated_variance[{name!r}]: {value} differs from that of {first!r}, its tied twin")
-    return {name: value for name, value in result.items() if value > 0}
+def quantile(alpha: float, degrees: float) -> float:
+    """What a standardised difference exceeds in size with probability `alpha`."""
+    from scipy.special import ndtri, stdtrit
 
-
-def _variance(value: object, argument: str) -> float:
-    number = finite_number(value, argument)
-    if number < 0:
-        raise InputError(f"{argument}: expected a variance >= 0, got {number}")
-    return number
-
-
-def _tensors(inputs: Any) -> list[Any]:
-    if isinstance(inputs, Mapping):
-        return list(inputs.values())
-    return list(inputs) if isinstance(inputs, tuple | list) else [inputs]
-
-
-def _batch_size(inputs: Any) -> int:
-    parts = _tensors(inputs)
-    for part in parts:
-        if not isinstance(part, Tensor):
-            raise TypeError(f"inputs: expected tensors with a leading batch dimension, got {type(part).__name__}")
-    sizes = {part.shape[0] if part.ndim else None for part in parts}
-    if len(sizes) != 1 or None in sizes:
-        raise ShapeError(f"inputs: expected one leading batch dimension, got {[tuple(part.shape) for part in parts]}")
-    (size,) = sizes
-    if not size:
-        raise InputError("inputs: expected at least one input, got an empty batch")
-    return int(size)
-
-
-def _single(inputs: Any, index: int) -> Any:
-    """A batch of one."""
-    if isinstance(inputs, Tensor):
-        return inputs[index : index + 1]
-    if isinstance(inputs, Mapping):
-        return {name: part[index : index + 1] for name, part in inputs.items()}
-    return tuple(part[index : index + 1] for part in inputs)
-
-
-def _one_row(logits: Tensor, argument: str) -> Tensor:
-    if logits.shape[0] != 1:
-        raise ShapeError(f"model: expected logits (1, K) for one input, got {tuple(logits.shape)}")
-    if not bool(logits.isfinite().all()):
-        raise NonFiniteError(f"{argument}: the logits are not finite")
-    return logits[0]
+    # from the lower tail, so that small levels keep their digits
+    return -float(ndtri(alpha / 2) if math.isinf(degrees) else stdtrit(degrees, alpha / 2))

@@ -1,4 +1,4 @@
-"""Figures: jammers, receivers and symbols, the similarity of task vectors, and the accuracy of fusions under attack.
+"""Figures: jammers, receivers, symbols, task vectors and their tasks, and the accuracy of fusions under attack.
 
 The only part of the library that knows matplotlib, which is imported when a function is called. Every function takes
 ``ax=None`` and returns the Axes; without `ax` it draws on a figure of its own that pyplot does not know, to be saved
@@ -6,6 +6,7 @@ with ``ax.figure.savefig(...)``. In a notebook pass an Axes of ``matplotlib.pypl
 """
 
 from .countermeasures import countermeasure_chart
+from .disentanglement import disentanglement_map
 from .distribution import mse_distribution
 from .fusion import fusion_chart
 from .heatmap import similarity_heatmap
@@ -15,6 +16,7 @@ from .water import water_filling
 __all__ = [
     "constellation_plot",
     "countermeasure_chart",
+    "disentanglement_map",
     "fusion_chart",
     "mse_distribution",
     "similarity_heatmap",
