@@ -52,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--data", type=Path, metavar="FOLDER", default=HERE / "data", help="of the data sets (clip)")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", default=HERE / ".cache" / "paper")
     parser.add_argument("--device", default="cpu", help="where models run (clip)")
-    parser.add_argument("--parallel", choices=("ddp", "fsdp"), help="how torchrun's processes fine-tune together (clip)")
+    parser.add_argument(
+        "--parallel", choices=("ddp", "fsdp"), help="how torchrun's processes fine-tune together (clip)"
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that load images for fine-tuning (clip)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_options(parser)
@@ -68,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     begin = time.monotonic()
     torch.set_num_threads(1 if protocol.setting == "testbed" else torch.get_num_threads())  # for the same last bits
     real = {"device": options.device, "parallel": options.parallel, "workers": options.workers}
+    if options.parallel and protocol.setting == "testbed":
+        parser.error("--parallel: the testbed's models are too small to be fine-tuned by several processes")
     try:
         world = world_of(protocol, options.cache, options.data, **({} if protocol.setting == "testbed" else real))
         sweep = Sweep(protocol, world)
@@ -77,9 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         results = open_results(path, protocol, world)
     except ResultsError as error:
         sys.exit(f"{error}\n--results: choose another file, or the protocol that this one was begun with")
-    if options.parallel and protocol.setting != "testbed":
+    if options.parallel:
         world.prepare(protocol.seeds)  # all processes fine-tune together, before they go their own ways
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     jobs = [(job.key(protocol.tasks), partial(sweep.run, job)) for job in jobs_of(protocol)]
     run(jobs, results, rank=rank, world=size, progress=not options.quiet and rank == 0)
     if rank == 0:
@@ -90,12 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 def report(rows: Sequence[Row], protocol: Protocol, folder: Path) -> None:
     """Print the tables and the claims, and draw the figures."""
-    print(f"\n{formatted(rows, protocol)}\n")
+    text = formatted(rows, protocol)
     if protocol.setting == "clip":
-        print(published(rows))
+        text += "\n\n" + published(rows)
+    print(f"\n{text}\n")
     folder.mkdir(parents=True, exist_ok=True)
     for path in draw(rows, folder, protocol):
         print(f"figure: {path}")
+    write(folder / "report.txt", text + "\n")
     write(folder / "table.json", json.dumps(as_json(rows, protocol), indent=1) + "\n")
 
 

@@ -21,7 +21,6 @@ from rmtllmf.clip import (
     load_finetuned,
     zero_shot_head,
 )
-
 from rmtllmf.taskvec import TaskVector
 
 from .finetune import finetune

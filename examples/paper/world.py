@@ -103,7 +103,7 @@ class World:
 
     def prepare(self, seeds: Sequence[int]) -> None:
         """Make the vectors of these seeds together with all other processes, where a world can do that."""
-        raise ValueError("parallel: the testbed's models are too small to be fine-tuned by several processes")
+        raise NotImplementedError
 
     def given(self, name: str) -> Mapping[str, torch.Tensor] | None:
         """A fine-tuned model that need not be made, if there is one."""

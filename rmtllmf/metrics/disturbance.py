@@ -110,7 +110,7 @@ def disturbance_test(
         inputs: a batch (B, ...), or a tuple or mapping of such for models with several arguments.
         alpha: level of the test, between 0 and 1.
         method: "exact": one backward pass per input and logit, the graph of one input at a time is kept. "jvp":
-            forward mode, for all inputs and logits at once: each tangent costs about as much as three forward passes,
+            forward mode, for all inputs and logits at once: each tangent costs the operations of three forward passes,
             and the memory of one more copy of the parameters and of the activations of a forward pass without a graph.
         tangents: K, for "jvp". The relative standard error of the estimated variance is :math:`\sqrt{2/K}`.
         seed: of the tangents, for "jvp": an int or a ``torch.Generator``. Every parameter has a generator of its own,

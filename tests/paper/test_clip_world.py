@@ -68,7 +68,8 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def command(data, weights):
-    text = "clip --finetuning-steps 20 --finetuning-batch 16 --finetuning-lr 1e-2 --realignment-steps 1 --shots 1 --images 60"
+    text = "clip --finetuning-steps 20 --finetuning-batch 16 --finetuning-lr 1e-2 --realignment-steps 1 --shots 1"
+    text += " --images 60"
     text += " --conditions ideal --subsets 1 --blocks 2 --ablation-shots --reference 30 --quiet"
     return [
         *text.split(), "--model", NAME, "--pretrained", str(weights), "--data", str(data), "--tasks", *TASKS
@@ -93,7 +94,9 @@ def test_every_protection_of_the_real_setting(own):
     assert all(set(row["accuracy"]) == set(TASKS) for row in whole)
     (uplink,) = (row["uplink"] for row in found if "uplink" in row)
     assert all(0 < mse < 1 for mse in uplink["mse"])
-    base, tuned = ([row["accuracy"] for row in whole if row["condition"] == kind][0] for kind in ("base", "individual"))
+    base, tuned = (
+        next(row["accuracy"] for row in whole if row["condition"] == kind) for kind in ("base", "individual")
+    )
     assert base != tuned
 
 
@@ -149,10 +152,25 @@ def test_another_base_model_is_refused(command, own, data, tmp_path):
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "other.safetensors")
     before = own[0].read_bytes()
     with pytest.raises(SystemExit, match=r"another protocol: .*base: expected"):
-        main([*command, "--results", str(own[0]), "--cache", str(own[1]), "--pretrained", str(tmp_path / "other.safetensors")])
+        main(
+            [
+                *command,
+                "--results",
+                str(own[0]),
+                "--cache",
+                str(own[1]),
+                "--pretrained",
+                str(tmp_path / "other.safetensors"),
+            ]
+        )
     assert own[0].read_bytes() == before
 
 
 def test_the_ready_setting_is_the_papers():
-    assert (CLIP.finetuning_steps, CLIP.finetuning_batch, CLIP.shots, CLIP.model) == (2000, 128, 10, "ViT-B-16-quickgelu")
+    assert (CLIP.finetuning_steps, CLIP.finetuning_batch, CLIP.shots, CLIP.model) == (
+        2000,
+        128,
+        10,
+        "ViT-B-16-quickgelu",
+    )
     assert [len(class_names(name)) for name in CLIP.tasks] == [196, 47, 10, 43, 10, 45, 397, 10]

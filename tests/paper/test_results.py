@@ -13,13 +13,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import paper.results as module
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from paper.results import ProtocolError, Results, ResultsError, run
 
+import paper.results as module
 from helpers.results_worker import PROTOCOL, jobs, key, opened
+from paper.results import ProtocolError, Results, ResultsError, run
 
 TESTS = Path(__file__).parents[1]
 
