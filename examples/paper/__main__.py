@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from rmtllmf.errors import InputError
+
 from .figures import draw
 from .protocol import READY, Protocol, add_options, from_options
 from .report import as_json, formatted
@@ -32,6 +34,7 @@ from .sweep import Row, Sweep, jobs_of, key_of
 from .world import World, world_of
 
 HERE = Path(__file__).parents[1]
+CLIP_ONLY = ("data", "device", "parallel", "workers")
 
 
 def open_results(path: Path, protocol: Protocol, world: World) -> Results:
@@ -49,13 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--full", action="store_true", help="all subsets of tasks; the same as --subsets 0")
     parser.add_argument("--results", type=Path, metavar="FILE", help="default: out/paper-SETTING.jsonl")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="default: beside the results")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", default=HERE / "data", help="of the data sets (clip)")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="of the data sets (clip); default: data")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", default=HERE / ".cache" / "paper")
-    parser.add_argument("--device", default="cpu", help="where models run (clip)")
+    parser.add_argument("--device", help="where models run (clip); cuda: torchrun's processes take a GPU each")
     parser.add_argument(
         "--parallel", choices=("ddp", "fsdp"), help="how torchrun's processes fine-tune together (clip)"
     )
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images for fine-tuning (clip)")
+    parser.add_argument("--workers", type=int, help="processes that load images for fine-tuning (clip)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_options(parser)
     options = parser.parse_args(arguments)
@@ -65,15 +68,19 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         parser.error(str(error))
     if options.full:
         protocol = replace(protocol, subsets=0)
+    for name in CLIP_ONLY if protocol.setting == "testbed" else ():
+        if getattr(options, name) is not None:
+            parser.error(f"--{name}: the testbed has its own data, and runs on the CPU, a process a model")
+    if options.parallel and not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        parser.error("--parallel: needs several processes; start it with torchrun --nproc-per-node N -m paper")
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     path = options.results or HERE / "out" / f"paper-{protocol.setting}.jsonl"
     begin = time.monotonic()
     torch.set_num_threads(1 if protocol.setting == "testbed" else torch.get_num_threads())  # for the same last bits
-    real = {"device": options.device, "parallel": options.parallel, "workers": options.workers}
-    if options.parallel and protocol.setting == "testbed":
-        parser.error("--parallel: the testbed's models are too small to be fine-tuned by several processes")
+    real = {"device": device_of(options.device), "parallel": options.parallel, "workers": options.workers or 0}
     try:
-        world = world_of(protocol, options.cache, options.data, **({} if protocol.setting == "testbed" else real))
+        data = options.data or HERE / "data"
+        world = world_of(protocol, options.cache, data, **({} if protocol.setting == "testbed" else real))
         sweep = Sweep(protocol, world)
     except ValueError as error:
         parser.error(str(error))
@@ -81,16 +88,30 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         results = open_results(path, protocol, world)
     except ResultsError as error:
         sys.exit(f"{error}\n--results: choose another file, or the protocol that this one was begun with")
+    jobs = [(job.key(protocol.tasks), job) for job in jobs_of(protocol)]
+    if most := max((job.shots for key, job in jobs if key not in results), default=0):
+        world.shots(protocol.tasks, most, 0)  # too few images, or none, are told before hours are spent
     if options.parallel:
         world.prepare(protocol.seeds)  # all processes fine-tune together, before they go their own ways
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    jobs = [(job.key(protocol.tasks), partial(sweep.run, job)) for job in jobs_of(protocol)]
-    run(jobs, results, rank=rank, world=size, progress=not options.quiet and rank == 0)
+    run(
+        [(key, partial(sweep.run, job)) for key, job in jobs],
+        results,
+        rank=rank,
+        world=size,
+        progress=not options.quiet and rank == 0,
+    )
     if rank == 0:
         report(results.rows(), protocol, options.figures or path.with_suffix(""))
         print(f"results: {path}\n{time.monotonic() - begin:.0f} s")
     return path
+
+
+def device_of(said: str | None) -> str:
+    """The device of this process: of several that torchrun started on one machine, each has its own GPU."""
+    count = torch.cuda.device_count() if said == "cuda" and "LOCAL_RANK" in os.environ else 0
+    return f"cuda:{int(os.environ['LOCAL_RANK']) % count}" if count else said or "cpu"
 
 
 def report(rows: Sequence[Row], protocol: Protocol, folder: Path) -> None:
@@ -129,4 +150,7 @@ def write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (InputError, ResultsError, FileNotFoundError) as error:  # what the user can do something about
+        sys.exit(str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -48,8 +49,15 @@ class ClipWorld(World):
         unknown = [name for name in protocol.tasks if name not in DATASETS]
         if unknown:
             raise ValueError(f"tasks: unknown data set {unknown[0]!r}; known are {', '.join(DATASETS)}")
+        _check_sources(protocol)
+        try:
+            self.device = torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"device: torch knows no {str(device)!r}; expected one such as cpu or cuda") from None
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device: torch sees no GPU here, got {str(device)!r}")
         super().__init__(protocol, folder)
-        self.data, self.device, self.parallel, self.workers = data, torch.device(device), parallel, workers
+        self.data, self.parallel, self.workers = data, parallel, workers
 
     @cached_property
     def clip(self) -> OpenClip:
@@ -103,34 +111,39 @@ class ClipWorld(World):
         where = self.protocol.finetuned
         if where == "own":
             return None
-        if where == "published":
-            if name not in PUBLISHED:
-                raise ValueError(f"finetuned: no published model of {name!r}; there are {', '.join(PUBLISHED)}")
-            return load_finetuned(PUBLISHED[name].name, self.base)
-        if not (Path(where) / name).is_dir():
-            raise FileNotFoundError(f"finetuned: there is no folder {name!r} in {where!r}; expected one for each task")
-        return load_finetuned(Path(where) / name, self.base)
+        return load_finetuned(PUBLISHED[name].name if where == "published" else Path(where) / name, self.base)
 
     def public(self) -> Arena:
         """Pictures in a folder of one folder a class, such as ImageNet's."""
         from torchvision.datasets import ImageFolder
 
-        if not Path(self.protocol.shots_from).is_dir():
-            raise FileNotFoundError(
-                f"shots_from: expected 'tasks' or a folder of one folder a class, got {self.protocol.shots_from!r}"
-            )
         data = ImageFolder(self.protocol.shots_from, self.clip.train_transform)
         names = [name.replace("_", " ") for name in data.classes]
         return Arena(zero_shot_head(self.clip.model, names, TEMPLATES, tokenizer=self.clip.tokenizer), data, data)
 
     @cached_property
     def _digest(self) -> str:
-        state = self.base.state_dict()
+        state = self.clip.model.state_dict()
         return digest(*(part for name in sorted(state) for part in (name.encode(), _bytes(state[name]))))
 
     def identity(self) -> str:
-        """A digest of the base's weights."""
+        """Also of the models and pictures in folders that the protocol names, which may change under the same name."""
+        return self._identity
+
+    def origin(self) -> str:
+        """A digest of the weights of both towers: one is the base, the other makes the heads."""
         return self._digest
+
+    @cached_property
+    def _identity(self) -> str:
+        protocol, parts = self.protocol, [self._digest.encode()]
+        if protocol.finetuned not in ("own", "published"):
+            for name in protocol.tasks:
+                parts += [part for path in _files(Path(protocol.finetuned) / name) for part in _named(path)]
+        if protocol.shots_from != "tasks":
+            root = Path(protocol.shots_from)
+            parts += [f"{path.relative_to(root).as_posix()} {path.stat().st_size}".encode() for path in _files(root)]
+        return digest(*parts) if len(parts) > 1 else self._digest
 
     def _capped(self, data: Dataset[Any]) -> Dataset[Any]:
         """At most so many images, evenly spread: where files are sorted by class, over the classes."""
@@ -138,6 +151,30 @@ class ClipWorld(World):
         if not most or size <= most:
             return data
         return Subset(data, [index * size // most for index in range(most)])
+
+
+def _check_sources(protocol: Protocol) -> None:
+    """Whether all that the protocol takes from others is there, before hours are spent."""
+    where = protocol.finetuned
+    for name in () if where == "own" else protocol.tasks:
+        if where == "published" and name not in PUBLISHED:
+            raise ValueError(f"finetuned: no published model of {name!r}; there are {', '.join(PUBLISHED)}")
+        if where != "published" and not (Path(where) / name).is_dir():
+            raise FileNotFoundError(f"finetuned: there is no folder {name!r} in {where!r}; expected one for each task")
+    if protocol.shots_from != "tasks" and not Path(protocol.shots_from).is_dir():
+        raise FileNotFoundError(
+            f"shots_from: expected 'tasks' or a folder of one folder a class, got {protocol.shots_from!r}"
+        )
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _named(path: Path) -> tuple[bytes, bytes]:
+    """Name and content of a file, the latter as a digest, so that one model at a time is in memory."""
+    with open(path, "rb") as file:
+        return path.name.encode(), hashlib.file_digest(file, "sha256").digest()
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

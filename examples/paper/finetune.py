@@ -142,7 +142,7 @@ def finetune(
             for part in range(accumulate):
                 images, labels = _pair(next(batches))
                 summing = parallel == "ddp" and part < accumulate - 1
-                draws = _drawing(here.device, seed, "step", step, part, here.rank)
+                draws = drawing(here.device, seed, "step", step, part, here.rank)
                 with draws, model.no_sync() if summing else nullcontext():
                     with torch.autocast(here.device.type, torch.bfloat16, enabled=precision == "bf16"):
                         features = model(images.to(here.device, non_blocking=True))
@@ -242,12 +242,12 @@ class _Drawn(Dataset[Any]):
 
     def __getitem__(self, place: tuple[int, int]) -> Any:
         position, index = place
-        with _drawing(torch.device("cpu"), self.seed, "image", position):
+        with drawing(torch.device("cpu"), self.seed, "image", position):
             return self.data[index]
 
 
 @contextmanager
-def _drawing(device: torch.device, *key: int | str) -> Iterator[None]:
+def drawing(device: torch.device, *key: int | str) -> Iterator[None]:
     """The global generators start where `key` says, and are put back afterwards."""
     number = _number(*key)
     sources = [torch.default_generator]

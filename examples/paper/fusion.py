@@ -75,29 +75,34 @@ class PartialSums:
 
 
 class Fuser:
-    """One model whose parameters lie in one tensor, so that it becomes another fused model by two operations."""
+    """One model whose parameters lie in one tensor, so that it becomes another fused model by two operations.
+
+    A `scale` of None is the rule's own. The vectors are held only for a rule that has to see them every time.
+    """
 
     def __init__(self, base: nn.Module, vectors: Sequence[TaskVector], rule: Rule, scale: float | None) -> None:
         self.rule, self.scale = rule, scale
-        self.received = list(vectors)
         self.layout = Layout(list(vectors[0]), base)
         self.model = copy.deepcopy(base)
         self.origin = self.layout.flat(base.state_dict())
         self.current = self.origin.clone()
-        self.sums = PartialSums([self.layout.flat(vector) for vector in vectors]) if rule is task_arithmetic else None
+        adds = rule is task_arithmetic
+        self.sums = PartialSums([self.layout.flat(vector) for vector in vectors]) if adds else None
+        self.received = [] if adds else list(vectors)
         state = self.model.state_dict(keep_vars=True)
         for name, place in self.layout.places.items():
             state[name].data = self.current[place].view(state[name].shape)
 
     def fused(self, subset: Subset, restored: Sequence[str] = ()) -> nn.Module:
         """The model with the fused vectors of a subset, and some parameters as in the base; always the same object."""
-        scale = heuristic_scale(len(subset)) if self.scale is None else self.scale
         with torch.no_grad():
             if self.sums is not None:
+                scale = heuristic_scale(len(subset)) if self.scale is None else self.scale
                 torch.mul(self.sums.of(subset), scale, out=self.current)
                 self.current.add_(self.origin)
             else:
-                update = self.rule([self.received[index] for index in subset], scale=scale)
+                given = {} if self.scale is None else {"scale": self.scale}  # rules that average have 1, not 0.3
+                update = self.rule([self.received[index] for index in subset], **given)
                 self.current.copy_(self.origin)
                 for name in update:
                     self.current[self.layout.places[name]].add_(update[name].reshape(-1).to(self.layout.device))

@@ -10,10 +10,10 @@ heuristic scale, and on one figure over the sum MSE stand
 - the rejection rate of the disturbance test (eq. 9 to 12) of the fused model against the fusion of the sent vectors,
   with the variance of the ideal uplink tolerated. In a linear model it is
   :math:`2 (1 - \Phi(z_{1 - \alpha/2} / \sqrt r))` at r times that variance;
-- the first-order theory (eq. 10, 11): the logit differences in units of the predicted standard deviation. This ratio
-  has the luck of a few draws in it, even where the theory is exact. In units of the differences in a linear model under
-  the very same noise it has not: where this one first leaves 1 by 10 %, or a factor of 2, the theory stops to hold. The
-  residual, what the differences have beside their linear part, asks for more: that each single logit is right.
+- the first-order theory (eq. 10, 11): the logit differences in units of the predicted standard deviation, which have
+  the luck of a few draws in them; and in units of those in a linear model under the same noise. The theory stops to
+  hold where the latter first leave 1 by 10 % (which is slow, so that more ``--draws`` tell it better), or a factor
+  of 2. The residual, what the differences have beside their linear part, asks that each single logit is right.
 
 The noise hits all floating-point entries, also those that fine-tuning did not change.
 """

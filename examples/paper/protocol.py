@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -20,6 +21,13 @@ Subset = tuple[int, ...]
 
 def _says(text: str, default: Any, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": text, "choices": choices})
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Protocol:
     reference: str = _says("what the noise is relative to: 'rms', 'peak', or a number of times the rms", "peak")
 
     rule: str = _says("of fusion, a name in rmtllmf.taskvec", "task_arithmetic")
-    scale: float = _says("of the fused update; 0: the heuristic one for the number of tasks", 0.0)
+    scale: float = _says("of the fused update; 0: the rule's own (task arithmetic's goes by the number of tasks)", 0.0)
 
     protections: tuple[str, ...] = _says("of every subset", ("unprotected", "both"), PROTECTIONS)
     ablation: tuple[str, ...] = _says("protections of all tasks together, beside those", PROTECTIONS, PROTECTIONS)
@@ -84,8 +92,17 @@ class Protocol:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("subsets", "images", "realignment_steps", "jamming", "scale"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name in ("finetuning_lr", "realignment_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if min(self.ablation_shots, default=1) < 1:
+            raise ValueError(f"ablation_shots: expected at least 1, got {min(self.ablation_shots)}")
+        if self.reference not in ("rms", "peak") and not 0 < _number(self.reference) < math.inf:
+            raise ValueError(f"reference: expected 'rms', 'peak' or a positive number, got {self.reference!r}")
+        if self.receiver == "lmmse" and self.order != "strongest_first":
+            raise ValueError(f"order: a linear receiver decodes all users at once, got {self.order!r}")
 
     def chosen_subsets(self) -> list[Subset]:
         """Indices of tasks, ascending: the subsets of at least two, or a few of every size; in lexicographic order.
@@ -123,6 +140,7 @@ CLIP = Protocol(
     finetuning_steps=2000,
     finetuning_batch=128,
     finetuning_lr=1e-5,
+    ablation_shots=(1, 2, 5, 20),  # cars: 8,144 training images of 196 classes; 50 of each there are not
     realignment_steps=100,
     realignment_lr=1e-5,
 )

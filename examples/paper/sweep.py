@@ -10,6 +10,7 @@ Rows are of three kinds:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +23,7 @@ from rmtllmf.metrics import accuracy
 from rmtllmf.resilience import attention_keys, embedding_keys, realign
 from rmtllmf.taskvec import TaskVector
 
+from .finetune import drawing
 from .fusion import Fuser
 from .protocol import Protocol, Subset, named
 from .uplink import facts, received, reception
@@ -85,6 +87,8 @@ class Sweep:
     def __init__(self, protocol: Protocol, world: World) -> None:
         if protocol.rule not in rmtllmf.taskvec.__all__:
             raise ValueError(f"rule: rmtllmf.taskvec has no rule {protocol.rule!r}")
+        if why := _unfit(getattr(rmtllmf.taskvec, protocol.rule)):
+            raise ValueError(f"rule: {protocol.rule!r} {why}")
         self.protocol, self.world = protocol, world
         self._sent = lru_cache(maxsize=1)(self._make_sent)
         self._fuser = lru_cache(maxsize=1)(self._make_fuser)
@@ -126,24 +130,33 @@ class Sweep:
         kept = [] if job.protection == "realigned" else embeddings
         model = fuser.fused(job.subset, kept)
         if job.protection != "restored":
-            realign(
-                model,
-                self.world.shots(named(self.protocol.tasks, job.subset), job.shots, job.seed),
-                steps=self.protocol.realignment_steps,
-                lr=self.protocol.realignment_lr,
-                frozen=kept,
-                trainable=sorted(attention_keys(model)) if job.protection == "attention" else None,
-            )
+            shots = self.world.shots(named(self.protocol.tasks, job.subset), job.shots, job.seed)
+            device = next(model.parameters()).device
+            with drawing(device, job.seed, "realignment"):  # crops and dropout do not go by what was drawn before
+                realign(
+                    model,
+                    shots,
+                    steps=self.protocol.realignment_steps,
+                    lr=self.protocol.realignment_lr,
+                    frozen=kept,
+                    trainable=sorted(attention_keys(model)) if job.protection == "attention" else None,
+                )
         return model
 
     def accuracy(self, model: nn.Module, names: Sequence[str]) -> dict[str, float]:
         """On the test sets of these tasks only."""
         return {name: accuracy(model, self.world.test(name), head=self.world.arena(name).head) for name in names}
 
+    # Each forgets what is of no more use before it makes its own: of a large model both would not fit.
+
     def _make_sent(self, seed: int) -> list[TaskVector]:
+        for made in (self._fuser, self._heard, self._sent):
+            made.cache_clear()
         return self.world.vectors(seed)
 
     def _make_heard(self, seed: int, condition: str) -> tuple[list[TaskVector], list[float]]:
+        for made in (self._fuser, self._heard):
+            made.cache_clear()
         sent = self._sent(seed)
         if condition == "clean":
             return sent, []
@@ -152,6 +165,16 @@ class Sweep:
         return received(self.protocol, sent, channel, seed), mse
 
     def _make_fuser(self, seed: int, condition: str) -> Fuser:
+        self._fuser.cache_clear()
         rule: Callable[..., Any] = getattr(rmtllmf.taskvec, self.protocol.rule)
         heard, _ = self._heard(seed, condition)
         return Fuser(self.world.base, heard, rule, self.protocol.scale or None)
+
+
+def _unfit(rule: Callable[..., Any]) -> str:
+    """Why a function of `rmtllmf.taskvec` cannot fuse vectors by itself; nothing if it can."""
+    parameters = [] if isinstance(rule, type) else list(inspect.signature(rule).parameters.values())
+    if not parameters or parameters[0].name != "vectors" or "scale" not in {one.name for one in parameters}:
+        return "does not fuse task vectors"
+    needed = [one.name for one in parameters[1:] if one.default is one.empty and one.kind is not one.VAR_KEYWORD]
+    return f"needs {', '.join(needed)}, which the experiment does not set" if needed else ""

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from rmtllmf.errors import InputError
 from rmtllmf.resilience import few_shot
 from rmtllmf.taskvec import TaskVector
 from testbed import TASKS, Task, base_encoder, load_task, prototype_head
@@ -68,8 +69,12 @@ class World:
         raise NotImplementedError
 
     def identity(self) -> str:
-        """What the numbers depend on beside the protocol: a digest of the base model."""
+        """What the numbers depend on beside the protocol: a digest of the base model, and of folders that it names."""
         raise NotImplementedError
+
+    def origin(self) -> str:
+        """The part of it that fine-tuning depends on."""
+        return self.identity()
 
     def arena(self, name: str) -> Arena:
         """A task."""
@@ -92,7 +97,7 @@ class World:
             name: (
                 arena.head,
                 DataLoader(
-                    few_shot(arena.train, count, seed=seed),
+                    _few(name, arena, count, seed),
                     batch_size=self.protocol.realignment_batch,
                     shuffle=True,
                     generator=torch.Generator().manual_seed(seed),
@@ -133,7 +138,7 @@ class World:
 
     def kept(self, name: str, seed: int) -> Path:
         """Where the task vector of a task is, or will be."""
-        return self.folder / f"{self.identity()}-{self._finetuning()}" / f"seed-{seed}-{name}.safetensors"
+        return self.folder / f"{self.origin()}-{self._finetuning()}" / f"seed-{seed}-{name}.safetensors"
 
     def _finetuning(self) -> str:
         said = {
@@ -151,8 +156,14 @@ class Testbed(World):
             raise ValueError(f"tasks: unknown task {unknown[0]!r}; the eight are {', '.join(TASKS)}")
         if protocol.finetuned != "own":
             raise ValueError(f"finetuned: nobody has published models of the testbed, got {protocol.finetuned!r}")
+        for option in ("model", "pretrained"):
+            if getattr(protocol, option):
+                raise ValueError(f"{option}: the testbed has one model of its own, got {getattr(protocol, option)!r}")
         if protocol.shots_from not in ("tasks", "public"):
             raise ValueError(f"shots_from: the testbed has 'tasks' and 'public', got {protocol.shots_from!r}")
+        most = self._each_public(protocol)
+        if protocol.shots_from == "public" and max(protocol.ablation_shots, default=0) > most:
+            raise ValueError(f"ablation_shots: expected at most {most} public ones, got {max(protocol.ablation_shots)}")
         super().__init__(protocol, folder)
 
     @cached_property
@@ -178,7 +189,7 @@ class Testbed(World):
 
     def public(self) -> Arena:
         """Every twelfth class of the pre-training's pictures, noisy as the tasks' are, with a head made likewise."""
-        pictures, kinds = make_pool(np.random.default_rng(13), each=max(self.protocol.shots, 10))
+        pictures, kinds = make_pool(np.random.default_rng(13), each=self._each_public(self.protocol))
         chosen = np.flatnonzero(kinds % 12 == 0)
         rng = np.random.default_rng(17)
         noisy = eight_bit(pictures[chosen] + 45 * rng.standard_normal(pictures[chosen].shape))
@@ -187,9 +198,21 @@ class Testbed(World):
         task = Task("public", tuple(map(str, names)), data, data)
         return Arena(prototype_head(self.base, task), data, data)
 
+    @staticmethod
+    def _each_public(protocol: Protocol) -> int:
+        """Pictures of a class; not by `ablation_shots`, which may be added to a file, and would change all pictures."""
+        return max(protocol.shots, 50)
+
     def identity(self) -> str:
         code = [path.read_bytes() for path in sorted(BASE_FILE.parent.glob("*.py"))]
         return digest(BASE_FILE.read_bytes(), *code)
+
+
+def _few(name: str, arena: Arena, count: int, seed: int) -> Dataset[Any]:
+    try:
+        return few_shot(arena.train, count, seed=seed)
+    except InputError as error:
+        raise InputError(f"{error} of {name!r}") from None
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """The real setting, reduced: a tiny CLIP and small files in the data sets' own formats, through the real loaders."""
 
+import argparse
 import json
 import struct
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -11,7 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from paper.__main__ import main
-from paper.protocol import CLIP, PROTECTIONS
+from paper.clip_world import ClipWorld
+from paper.protocol import CLIP, PROTECTIONS, add_options, from_options
+from paper.sweep import Job, Sweep
 from rmtllmf.clip import class_names, load, to_hugging_face
 from rmtllmf.clip.prompts import folders
 from rmtllmf.taskvec import TaskVector
@@ -127,6 +131,57 @@ def test_public_shots(command, data, tmp_path):
     assert any(row.get("protection") == "both" for row in rows(path))
 
 
+def test_a_row_does_not_depend_on_what_was_drawn_before(command, own, data, weights, tmp_path):
+    """Of its pictures the realignment sees random crops."""
+    path, cache = own
+    expected = next(row for row in rows(path) if row.get("protection") == "both" and len(row["tasks"]) == 3)
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    skipped = {"clip", "--quiet"}
+    arguments = [word for word in command if word not in skipped]
+    del arguments[arguments.index("--data") : arguments.index("--data") + 2]
+    protocol = from_options("clip", parser.parse_args(arguments))
+    job = Job(0, "ideal", "both", 1, (0, 1, 2))
+    states = []
+    for drawn in range(2):
+        sweep = Sweep(protocol, ClipWorld(protocol, cache, data))
+        with torch.random.fork_rng():
+            torch.manual_seed(drawn)
+            states.append({key: tensor.clone() for key, tensor in sweep.model(job).state_dict().items()})
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert sweep.run(job) == expected
+
+
+def test_what_a_folder_holds_is_part_of_the_results(command, data, weights, tmp_path):
+    for name in ("a_cat", "a_dog"):
+        pictures(tmp_path / "public" / name, 0, 3)
+    (tmp_path / "theirs" / "mnist").mkdir(parents=True)
+    (tmp_path / "theirs" / "mnist" / "model.safetensors").write_bytes(b"one")
+    options = {"model": NAME, "pretrained": str(weights), "tasks": ("mnist", "eurosat")}
+    own = ClipWorld(replace(CLIP, **options), tmp_path, data)
+    assert own.identity() == own.origin()
+    (tmp_path / "theirs" / "eurosat").mkdir()
+    for change, touched in (
+        ({"finetuned": str(tmp_path / "theirs")}, tmp_path / "theirs" / "mnist" / "model.safetensors"),
+        ({"shots_from": str(tmp_path / "public")}, tmp_path / "public" / "a_cat" / "0.jpg"),
+    ):
+        protocol = replace(CLIP, **options, **change)
+        before = ClipWorld(protocol, tmp_path, data)
+        assert before.identity() == ClipWorld(protocol, tmp_path, data).identity() != own.identity()
+        touched.write_bytes(touched.read_bytes() + b"more")
+        after = ClipWorld(protocol, tmp_path, data)
+        assert after.identity() != before.identity()
+        assert after.origin() == before.origin() == own.origin()
+
+
+def test_missing_sources_are_named_before_anything_is_made(command, tmp_path):
+    options = ["--results", str(tmp_path / "none.jsonl"), "--cache", str(tmp_path / "cache")]
+    for option in ("--shots-from", "--finetuned"):
+        with pytest.raises(FileNotFoundError, match=option[2:].replace("-", "_")):
+            main([*command, *options, option, str(tmp_path / "nowhere")])
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_missing_is_named(command, own, weights, tmp_path, capsys):
     options = ["--results", str(tmp_path / "none.jsonl"), "--cache", str(tmp_path / "cache")]
     with pytest.raises(FileNotFoundError, match=r"EuroSAT"):
@@ -173,4 +228,5 @@ def test_the_ready_setting_is_the_papers():
         10,
         "ViT-B-16-quickgelu",
     )
+    assert max(CLIP.ablation_shots) * 196 <= 8144  # of cars' training images
     assert [len(class_names(name)) for name in CLIP.tasks] == [196, 47, 10, 43, 10, 45, 397, 10]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from paper.__main__ import main
+from paper.__main__ import device_of, main
 from paper.protocol import TESTBED
 from paper.results import Results
 from paper.sweep import key_of
@@ -111,6 +111,15 @@ def test_a_file_of_another_protocol_is_left_alone(finished, tmp_path):
         (["--conditions", "rain"], "invalid choice: 'rain'"),
         (["--knows-jammer", "perhaps"], "expected yes or no"),
         (["--rule", "magic"], "rule: rmtllmf.taskvec has no rule 'magic'"),
+        (["--model", "ViT-B-16"], "model: the testbed has one model of its own, got 'ViT-B-16'"),
+        (["--device", "cuda"], "--device: the testbed has its own data, and runs on the CPU"),
+        (["--parallel", "ddp"], "--parallel: the testbed has its own data"),
+        (["clip", "--parallel", "ddp"], "--parallel: needs several processes; start it with torchrun"),
+        (["clip", "--device", "abacus"], "device: torch knows no 'abacus'"),
+        (
+            ["--shots-from", "public", "--ablation-shots", "60"],
+            "ablation_shots: expected at most 50 public ones, got 60",
+        ),
     ],
 )
 def test_bad_options(options, message, tmp_path, capsys):
@@ -122,8 +131,9 @@ def test_bad_options(options, message, tmp_path, capsys):
 
 def test_too_few_samples_are_named(finished, tmp_path):
     arguments = [*COMMAND, "--results", str(tmp_path / "few.jsonl"), "--cache", str(finished[1]), "--shots", "9"]
-    with pytest.raises(ValueError, match=r"shots"):
+    with pytest.raises(ValueError, match=r"shots: expected at least 9 samples of every class.* of 'automata'"):
         main(arguments)
+    assert len((tmp_path / "few.jsonl").read_text().splitlines()) == 1  # before anything was calculated
 
 
 def test_the_shipped_results_are_of_the_testbed_setting():
@@ -135,3 +145,10 @@ def test_the_shipped_results_are_of_the_testbed_setting():
     assert header == TESTBED.identity()
     results = Results(path, TESTBED.identity() | {"base": base}, key=key_of)
     assert len(results) > 1700
+
+
+def test_processes_of_torchrun_take_a_gpu_each(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert device_of("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [device_of(said) for said in ("cuda", "cuda:0", "cpu", None)] == ["cuda:1", "cuda:0", "cpu", "cpu"]

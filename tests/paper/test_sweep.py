@@ -2,6 +2,7 @@
 
 import copy
 import random
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -16,12 +17,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from paper.fusion import Fuser, PartialSums
 from paper.protocol import TESTBED, Protocol
 from paper.sweep import Job, Sweep, jobs_of, key_of
-from paper.uplink import reception
+from paper.uplink import received, reception
 from paper.world import Arena, World
 from rmtllmf.channel import transmit
 from rmtllmf.metrics import accuracy
 from rmtllmf.resilience import attention_keys, embedding_keys, few_shot, realign, resilient_fusion, restore
-from rmtllmf.taskvec import TaskVector, heuristic_scale, task_arithmetic, ties
+from rmtllmf.taskvec import TaskVector, heuristic_scale, task_arithmetic, ties, weighted_average
 
 NAMES = ("a", "b", "c", "d", "e", "f", "g", "h")
 PROTOCOL = replace(TESTBED, tasks=NAMES, subsets=0, blocks=2, realignment_steps=2, realignment_batch=4, shots=2)
@@ -175,6 +176,48 @@ def test_another_rule_is_asked_for_every_subset(world):
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+def test_without_a_scale_another_rule_has_its_own(world):
+    vectors = world.vectors(0)
+    expected = weighted_average([vectors[1], vectors[2]]).apply_to(world.base.state_dict())
+    found = Fuser(world.base, vectors, weighted_average, None).fused((1, 2)).state_dict()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("magic", "rmtllmf.taskvec has no rule 'magic'"),
+        ("TaskVector", "'TaskVector' does not fuse task vectors"),
+        ("heuristic_scale", "'heuristic_scale' does not fuse task vectors"),
+        ("dare", "'dare' needs seed, which"),
+        ("multi_krum", "'multi_krum' needs hostile, which"),
+    ],
+)
+def test_rules_that_do_not_fit(rule, message, tmp_path):
+    protocol = replace(PROTOCOL, rule=rule)
+    with pytest.raises(ValueError, match=f"rule: {message}"):
+        Sweep(protocol, Toy(protocol, tmp_path))
+
+
+def test_what_is_of_no_more_use_is_gone_before_more_is_made(world, monkeypatch):
+    """Of ViT-B/16 eight vectors are 2.8 GB: those of two uplinks, and the sums of both, are never held at once."""
+    held, alive = [], []
+
+    def hearing(*arguments):
+        alive.append(sum(one() is not None for one in held))
+        found = received(*arguments)
+        held.append(weakref.ref(found[0]))
+        return found
+
+    monkeypatch.setattr("paper.sweep.received", hearing)
+    sweep = Sweep(PROTOCOL, world)
+    for seed, condition in ((0, "ideal"), (0, "sum_rate"), (1, "sum_rate")):
+        sweep.run(Job(seed, condition, "uplink", 0, tuple(range(8))))
+        sweep.run(Job(seed, condition, "unprotected", 0, (0, 1)))
+    assert alive == [0, 0, 0]
+    assert Fuser(world.base, world.vectors(0), task_arithmetic, None).received == []
+
+
 def test_the_base_is_never_written_to(world):
     before = copy.deepcopy(world.base.state_dict())
     sweep = Sweep(PROTOCOL, world)
@@ -218,6 +261,11 @@ def test_few_subsets_of_every_size():
         ({"seeds": ()}, "seeds: expected at least one"),
         ({"seeds": (0, "1")}, "seeds: expected int, got '1'"),
         ({"knows_jammer": 1}, "knows_jammer: expected bool, got 1"),
+        ({"reference": "loud"}, "reference: expected 'rms', 'peak' or a positive number, got 'loud'"),
+        ({"reference": "-3"}, "reference: expected 'rms', 'peak' or a positive number, got '-3'"),
+        ({"ablation_shots": (1, 0)}, "ablation_shots: expected at least 1, got 0"),
+        ({"realignment_lr": 0.0}, "realignment_lr: expected a positive number, got 0.0"),
+        ({"receiver": "lmmse", "order": "weakest_first"}, "order: a linear receiver decodes all users at once"),
     ],
 )
 def test_bad_protocols(change, message):
