@@ -82,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         data = options.data or HERE / "data"
         world = world_of(protocol, options.cache, data, **({} if protocol.setting == "testbed" else real))
         sweep = Sweep(protocol, world)
+        world.progress = not options.quiet
     except ValueError as error:
         parser.error(str(error))
     try:
@@ -118,7 +119,7 @@ def report(rows: Sequence[Row], protocol: Protocol, folder: Path) -> None:
     """Print the tables and the claims, and draw the figures."""
     text = formatted(rows, protocol)
     if protocol.setting == "clip":
-        text += "\n\n" + published(rows)
+        text += "\n\n" + published([row for row in rows if row["seed"] in protocol.seeds])
     print(f"\n{text}\n")
     folder.mkdir(parents=True, exist_ok=True)
     for path in draw(rows, folder, protocol):

@@ -91,6 +91,7 @@ class ClipWorld(World):
             checkpoint=self.kept(name, seed).with_suffix(".run"),
             parallel=self.parallel,
             workers=self.workers,
+            progress=self.progress,
         )
 
     def prepare(self, seeds: Sequence[int]) -> None:

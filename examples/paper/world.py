@@ -46,6 +46,7 @@ class World:
     """
 
     test_batch = 250
+    progress = True  # bars while fine-tuning
 
     def __init__(self, protocol: Protocol, folder: Path) -> None:
         self.protocol, self.folder = protocol, folder
@@ -184,7 +185,7 @@ class Testbed(World):
             lr=protocol.finetuning_lr,
             batch_size=protocol.finetuning_batch,
             seed=seed,
-            progress=True,
+            progress=self.progress,
         )
 
     def public(self) -> Arena:

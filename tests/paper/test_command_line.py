@@ -7,14 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from paper.__main__ import device_of, main
+from paper.__main__ import device_of, main, open_results
 from paper.protocol import TESTBED
-from paper.results import Results
-from paper.sweep import key_of
+from paper.sweep import jobs_of, key_of
+from paper.world import world_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = "testbed --tasks automata gratings land --images 24 --finetuning-steps 2 --realignment-steps 1 --blocks 2"
@@ -136,15 +137,12 @@ def test_too_few_samples_are_named(finished, tmp_path):
     assert len((tmp_path / "few.jsonl").read_text().splitlines()) == 1  # before anything was calculated
 
 
-def test_the_shipped_results_are_of_the_testbed_setting():
+def test_the_shipped_results_can_be_continued(tmp_path):
+    """They are of this protocol, base model and code of the testbed, and hold the default jobs of two seeds."""
     path = EXAMPLES / "paper" / "testbed.jsonl"
-    if not path.exists():
-        pytest.skip("not shipped yet")
-    header = json.loads(path.open().readline())["protocol"]
-    base = header.pop("base")
-    assert header == TESTBED.identity()
-    results = Results(path, TESTBED.identity() | {"base": base}, key=key_of)
-    assert len(results) > 1700
+    protocol = replace(TESTBED, seeds=(0, 1))
+    results = open_results(path, protocol, world_of(protocol, tmp_path, tmp_path))
+    assert {job.key(protocol.tasks) for job in jobs_of(protocol)} <= {key_of(row) for row in results.rows()}
 
 
 def test_processes_of_torchrun_take_a_gpu_each(monkeypatch):
