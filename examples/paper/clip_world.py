@@ -128,7 +128,7 @@ class ClipWorld(World):
         return digest(*(part for name in sorted(state) for part in (name.encode(), _bytes(state[name]))))
 
     def identity(self) -> str:
-        """Also of the models and pictures in folders that the protocol names, which may change under the same name."""
+        """Also of the kind of device, which decides last bits, and of what is in folders that the protocol names."""
         return self._identity
 
     def origin(self) -> str:
@@ -137,14 +137,14 @@ class ClipWorld(World):
 
     @cached_property
     def _identity(self) -> str:
-        protocol, parts = self.protocol, [self._digest.encode()]
+        protocol, parts = self.protocol, [self._digest.encode(), self.device.type.encode()]
         if protocol.finetuned not in ("own", "published"):
             for name in protocol.tasks:
                 parts += [part for path in _files(Path(protocol.finetuned) / name) for part in _named(path)]
         if protocol.shots_from != "tasks":
             root = Path(protocol.shots_from)
             parts += [f"{path.relative_to(root).as_posix()} {path.stat().st_size}".encode() for path in _files(root)]
-        return digest(*parts) if len(parts) > 1 else self._digest
+        return digest(*parts)
 
     def _capped(self, data: Dataset[Any]) -> Dataset[Any]:
         """At most so many images, evenly spread: where files are sorted by class, over the classes."""

@@ -134,8 +134,12 @@ class World:
         return [self._vector(name, seed) for name in self.protocol.tasks]
 
     def _vector(self, name: str, seed: int) -> TaskVector:
+        """On the CPU, whatever the models are on: so the noise of the uplink does not depend on the device."""
         found = self.given(name)
-        return TaskVector.load(self.kept(name, seed)) if found is None else TaskVector.between(self.base, found)
+        if found is None:
+            return TaskVector.load(self.kept(name, seed))
+        base = {key: tensor.cpu() for key, tensor in self.base.state_dict().items()}
+        return TaskVector.between(base, {key: tensor.cpu() for key, tensor in found.items()})
 
     def kept(self, name: str, seed: int) -> Path:
         """Where the task vector of a task is, or will be."""
