@@ -16,9 +16,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from .._state import whole_number
 from ..errors import InputError
-from ._names_check import no_empty_class
-from ._names_homes import HOMES
-from ._names_readers import READERS, Part
+from ._data_check import no_empty_class
+from ._data_homes import HOMES
+from ._data_readers import READERS, Part
 from .prompts import DATASETS, class_names, folders, known, templates
 
 __all__ = ["DATASETS", "Dataset", "fewest_per_class", "load_dataset"]

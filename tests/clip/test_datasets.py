@@ -276,8 +276,8 @@ def test_a_random_split_of_a_class_knows_nothing_of_the_others(tmp_path):
 
 def test_sizes_of_the_real_random_splits():
     """27,000 images of EuroSAT, 31,500 of RESISC45 and 108,754 of SUN397 make the parts of the literature."""
-    check = importlib.import_module("rmtllmf.clip._names_check")
-    readers = importlib.import_module("rmtllmf.clip._names_readers")
+    check = importlib.import_module("rmtllmf.clip._data_check")
+    readers = importlib.import_module("rmtllmf.clip._data_readers")
     eurosat = [3000, 3000, 3000, 2500, 2500, 2000, 2500, 3000, 2500, 3000]
     for sizes, counts, expected in (
         (readers.eurosat_sizes, eurosat, (21600, 2700)),

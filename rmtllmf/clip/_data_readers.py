@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch.utils.data import ConcatDataset
 
 from ..errors import InputError
-from ._names_check import by_class, by_lists, files_exist, renumber, same_classes, same_folders
+from ._data_check import by_class, by_lists, files_exist, renumber, same_classes, same_folders
 from .prompts import folders
 
 
