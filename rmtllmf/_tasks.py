@@ -41,6 +41,13 @@ def as_tasks(tasks: Tasks, argument: str) -> dict[str, Task]:
     return result
 
 
+def named_tasks(tasks: Tasks, argument: str) -> dict[str, Task]:
+    """`as_tasks` of a mapping only."""
+    if not isinstance(tasks, Mapping):
+        raise TypeError(f"{argument}: expected a mapping of name -> (head, batches), got {type(tasks).__name__}")
+    return as_tasks(tasks, argument)
+
+
 def _check_batches(batches: object, argument: str) -> None:
     if isinstance(batches, Tensor | str) or not isinstance(batches, Iterable):
         raise TypeError(

@@ -26,6 +26,7 @@ import torch
 
 from rmtllmf.errors import InputError
 
+from ._files import replacing
 from .figures import draw
 from .protocol import READY, Protocol, add_options, from_options
 from .report import as_json, formatted
@@ -145,9 +146,8 @@ def published(rows: Sequence[Row]) -> str:
 
 def write(path: Path, text: str) -> None:
     """Atomically: the whole file or the old one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with replacing(path) as part:
+        part.write_text(text)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from rmtllmf.plot import similarity_heatmap
 
+from ._files import replacing
 from .protocol import Protocol
 from .table import COSINES, Cell, Row, Table, tabulate
 
@@ -234,12 +235,6 @@ def _dress(ax: Axes, label: str) -> None:
 
 def _save(figure: Figure, path: Path) -> Path:
     """The whole file, or the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as part:
         figure.savefig(part, dpi=150, format="png")
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
     return path

@@ -33,9 +33,9 @@ class Layout:
         self.size = start
         self.device = state[names[0]].device
 
-    def flat(self, tensors: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
+    def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The tensors one after the other."""
-        out = torch.zeros(self.size, device=self.device) if out is None else out
+        out = torch.zeros(self.size, device=self.device)
         for name, place in self.places.items():
             out[place].copy_(tensors[name].detach().reshape(-1))
         return out

@@ -24,7 +24,6 @@ import argparse
 import copy
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -43,8 +42,9 @@ from rmtllmf.channel import transmit
 from rmtllmf.metrics import accuracy, disturbance_test, normalized_accuracy, weight_disentanglement_error
 from rmtllmf.taskvec import TaskVector, heuristic_scale, task_arithmetic
 
+from ._files import replacing
 from .protocol import TESTBED, Protocol
-from .uplink import reception
+from .uplink import reception, reference_of
 from .world import Testbed
 
 HERE = Path(__file__).parents[1]
@@ -236,19 +236,16 @@ def run(protocol: Protocol, folder: Path, seed: int, points: int, images: int, *
         heard = reception(protocol, condition, seed)
         marks[condition] = [float(heard.mse.sum(-1).mean()), float(heard.error_covariance.real.sum((-2, -1)).mean())]
     vectors = world.vectors(seed)
-    rms = [vector.norm() / sum(part.numel() for part in vector.values()) ** 0.5 for vector in vectors]
-    options |= {"reference": float(protocol.reference) * sum(rms) / len(rms), "tolerated": marks["ideal"][0]}
+    options |= {"reference": reference_of(protocol, vectors), "tolerated": marks["ideal"][0]}
     sweep = len(vectors) * np.logspace(-6, 0, points)
     return replace(measure(world.base, vectors, tasks, sweep.tolist(), seed=seed, **options), marks=marks)
 
 
 def write_json(path: Path, results: Sequence[Interference]) -> None:
     """One object a seed, and its limits; the whole file or the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [asdict(result) | {"limits": result.limits()} for result in results]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(rows, default=np.ndarray.tolist, allow_nan=False) + "\n")
-    temporary.replace(path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(rows, default=np.ndarray.tolist, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> list[Interference]:

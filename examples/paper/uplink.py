@@ -42,12 +42,14 @@ def reception(protocol: Protocol, condition: str, seed: int) -> Reception:
 
 def received(protocol: Protocol, vectors: Sequence[TaskVector], heard: Reception, seed: int) -> list[TaskVector]:
     """What the base station holds of the task vectors."""
-    reference: str | float = protocol.reference
-    if reference not in ("rms", "peak"):
-        entries = [sum(tensor.numel() for tensor in vector.values()) for vector in vectors]
-        rms = [vector.norm() / count**0.5 for vector, count in zip(vectors, entries, strict=True)]
-        reference = float(reference) * sum(rms) / len(rms)
-    return transmit(vectors, heard, seed=seed, estimator=protocol.estimator, scale=reference)
+    scale = protocol.reference if protocol.reference in ("rms", "peak") else reference_of(protocol, vectors)
+    return transmit(vectors, heard, seed=seed, estimator=protocol.estimator, scale=scale)
+
+
+def reference_of(protocol: Protocol, vectors: Sequence[TaskVector]) -> float:
+    """What a symbol of unit variance stands for, if the protocol gives it as a number of times the vectors' rms."""
+    rms = [vector.norm() / sum(tensor.numel() for tensor in vector.values()) ** 0.5 for vector in vectors]
+    return float(protocol.reference) * sum(rms) / len(rms)
 
 
 def facts(

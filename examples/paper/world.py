@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -170,21 +170,22 @@ class Testbed(World):
         if protocol.shots_from == "public" and max(protocol.ablation_shots, default=0) > most:
             raise ValueError(f"ablation_shots: expected at most {most} public ones, got {max(protocol.ablation_shots)}")
         super().__init__(protocol, folder)
+        self._task = cache(partial(load_task, fewer=protocol.images or None))  # takes seconds, and is asked for twice
 
     @cached_property
     def base(self) -> nn.Module:
         return base_encoder()
 
     def load(self, name: str) -> Arena:
-        task = load_task(name, fewer=self.protocol.images or None)
+        task = self._task(name)
         return Arena(prototype_head(self.base, task), task.train, task.test)
 
     def tuned(self, name: str, seed: int) -> nn.Module:
-        protocol, task = self.protocol, load_task(name, fewer=self.protocol.images or None)
+        protocol = self.protocol
         return finetune_testbed(
             self.base,
             self.arena(name).head,
-            task,
+            self._task(name),
             steps=protocol.finetuning_steps,
             lr=protocol.finetuning_lr,
             batch_size=protocol.finetuning_batch,

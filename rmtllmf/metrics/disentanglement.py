@@ -19,7 +19,7 @@ from .._state import (
     is_bendable,
     map_tied,
 )
-from .._tasks import Tasks, as_tasks, device_of, mode, pairs
+from .._tasks import Tasks, device_of, mode, named_tasks, pairs
 from ..errors import InputError
 from ._call import WithState, check_model, state_of
 
@@ -88,9 +88,7 @@ def weight_disentanglement_error(
         {'a': 1.0, 'b': 0.0}
     """
     check_model(model)
-    if not isinstance(tasks, Mapping):
-        raise TypeError(f"tasks: expected a mapping of name -> (head, batches), got {type(tasks).__name__}")
-    named = as_tasks(tasks, "tasks")
+    named = named_tasks(tasks, "tasks")
     if len(named) < 2:
         raise InputError(f"tasks: expected at least two, since one task has nobody to interfere with; got {len(named)}")
     joint_scale = heuristic_scale(len(named)) if scale is None else finite_number(scale, "scale")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._state import StateLike, Tensors, finite_number
-from .._tasks import Task, Tasks, as_tasks, device_of, mode, pairs
+from .._tasks import Task, Tasks, device_of, mode, named_tasks, pairs
 from ..errors import InputError
 from ._call import WithState, check_model
 from .disentanglement import checked_vectors, moved_by
@@ -91,9 +91,7 @@ def disentanglement_grid(
                 [0., 1.]], dtype=torch.float64)
     """
     check_model(model)
-    if not isinstance(tasks, Mapping):
-        raise TypeError(f"tasks: expected a mapping of name -> (head, batches), got {type(tasks).__name__}")
-    named = as_tasks(tasks, "tasks")
+    named = named_tasks(tasks, "tasks")
     if len(named) != 2:
         raise InputError(f"tasks: expected two, one for each axis of the grid; got {len(named)}")
     steps = _increasing(scales)

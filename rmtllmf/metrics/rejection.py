@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from .._random import Seed
 from .._state import StateLike, finite_number
-from .._tasks import Tasks, as_tasks, mode, pairs
+from .._tasks import Tasks, mode, named_tasks, pairs
 from ..errors import InputError
 from ._inputs import batch_size
 from ._variances import Tolerated
@@ -147,11 +146,9 @@ def task_disturbance(
         >>> {name: rate.share for name, rate in rates.items()}
         {'hit': 1.0, 'spared': 0.0}
     """
-    if not isinstance(tasks, Mapping):
-        raise TypeError(f"tasks: expected a mapping of name -> (head, batches), got {type(tasks).__name__}")
+    named = named_tasks(tasks, "tasks")
     _check_per(per)
     _check_level(level)
-    named = as_tasks(tasks, "tasks")
     test = prepared(model, undisturbed, disturbed, tolerated_variance, alpha, method, tangents, seed)
     rates = {}
     with mode(False, model, *(task.head for task in named.values())):
