@@ -15,6 +15,11 @@ from torch import Tensor
 from .errors import InputError
 
 
+def can_be_sharded() -> bool:
+    """Whether there can be DTensors in this process at all."""
+    return "torch.distributed.tensor" in sys.modules
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether `tensor` is a DTensor; costs nothing where none was ever made."""
     module = sys.modules.get("torch.distributed.tensor")

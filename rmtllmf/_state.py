@@ -54,11 +54,11 @@ def _checked(source: Mapping[Any, Any], argument: str) -> dict[str, Tensor]:
     return state
 
 
-def is_bendable(key: str, tensor: Tensor) -> bool:
+def is_bendable(key: str, dtype: torch.dtype) -> bool:
     """Whether an entry is a parameter that fusion may change: floating, and no running statistic."""
-    if tensor.is_complex():
+    if dtype.is_complex:
         raise TypeError(f"{key!r}: complex entries are not supported; split it into real and imaginary part")
-    return tensor.is_floating_point() and key.rpartition(".")[2] not in RUNNING_STATISTICS
+    return dtype.is_floating_point and key.rpartition(".")[2] not in RUNNING_STATISTICS
 
 
 def quoted(keys: Iterable[str], limit: int = 5) -> str:
@@ -157,12 +157,12 @@ def as_vectors(vectors: Iterable[Tensors], argument: str) -> list[dict[str, Tens
         states.append(_checked(vector, f"{argument}[{index}]"))
     if not states:
         raise InputError(f"{argument}: expected at least one mapping of name -> tensor, got an empty sequence")
-    kinds = {key: is_bendable(key, tensor) for key, tensor in states[0].items()}
+    kinds = {key: is_bendable(key, tensor.dtype) for key, tensor in states[0].items()}
     for index, state in enumerate(states[1:], 1):
         check_keys(state, states[0], f"{argument}[{index}]", f"{argument}[0]")
         check_shapes(state, states[0], f"{argument}[{index}]", f"{argument}[0]")
         for key, tensor in state.items():
-            if is_bendable(key, tensor) != kinds[key]:
+            if is_bendable(key, tensor.dtype) != kinds[key]:
                 raise StateMismatchError(
                     f"{argument}[{index}][{key!r}] is {tensor.dtype}; {argument}[0] has {states[0][key].dtype}"
                 )
@@ -179,8 +179,8 @@ def identity(tensor: Tensor) -> Hashable:
 def memory_of(tensor: Tensor) -> tuple[str, int, int]:
     """Device, address of the first byte, and of the byte after the last; these are the same for an empty tensor."""
     start = tensor.data_ptr()
-    if not tensor.numel():
-        return str(tensor.device), start, start
+    if tensor.is_contiguous() or not tensor.numel():
+        return str(tensor.device), start, start + tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return str(tensor.device), start, start + (last + 1) * tensor.element_size()
 

@@ -140,7 +140,7 @@ def check_blocks(blocks: int, symbols: int, argument: str) -> None:
 def _what_is_sent(vectors: Sequence[dict[str, Tensor]]) -> tuple[list[str], dict[str, str]]:
     sent: dict[Hashable, str] = {}
     alias: dict[str, str] = {}
-    for key in sorted(key for key, tensor in vectors[0].items() if is_bendable(key, tensor)):
+    for key in sorted(key for key, tensor in vectors[0].items() if is_bendable(key, tensor.dtype)):
         original = sent.setdefault(tuple(identity(vector[key]) for vector in vectors), key)
         if original != key:
             alias[key] = original

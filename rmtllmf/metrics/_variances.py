@@ -24,7 +24,7 @@ def variances_of(model: nn.Module, state: Tensors, tolerated: Tolerated) -> dict
     """
     own = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     last = {identity(tensor): name for name, tensor in own.items()}
-    bendable = [name for name in state if is_bendable(name, state[name])]
+    bendable = [name for name in state if is_bendable(name, state[name].dtype)]
     if isinstance(tolerated, Mapping):
         unknown = [str(name) for name in tolerated if name not in bendable]
         if unknown:

@@ -119,7 +119,7 @@ def checked_vectors(
     taus = _in_order(vectors, names)
     origin = state_of(model, base, "base")
     checked = as_vectors(taus, "vectors")
-    bendable = {key: tensor for key, tensor in origin.items() if is_bendable(key, tensor)}
+    bendable = {key: tensor for key, tensor in origin.items() if is_bendable(key, tensor.dtype)}
     check_keys(checked[0], bendable, "vectors", "the floating-point entries of base")
     check_shapes(checked[0], bendable, "vectors", "base")
     return origin, checked

@@ -123,7 +123,7 @@ def _named(layers: object, keys: list[str], order: Tensors) -> dict[str, list[st
 def _checked(vectors: Sequence[Tensors]) -> tuple[list[dict[str, Tensor]], list[str]]:
     """The vectors, and the sorted names of the entries that count."""
     checked = as_vectors(vectors, "vectors")
-    keys = sorted(key for key, tensor in checked[0].items() if is_bendable(key, tensor))
+    keys = sorted(key for key, tensor in checked[0].items() if is_bendable(key, tensor.dtype))
     if not keys:
         raise InputError("vectors: hold no floating-point entries, so they have no direction")
     for index, vector in enumerate(checked):

@@ -42,7 +42,7 @@ def snr_db(sent: StateLike, received: StateLike) -> float:
     clean, bent = as_state(sent, "sent"), as_state(received, "received")
     check_keys(bent, clean, "received", "sent")
     check_shapes(bent, clean, "received", "sent")
-    keys = sorted(key for key in clean if is_bendable(key, clean[key]))
+    keys = sorted(key for key in clean if is_bendable(key, clean[key].dtype))
     check_finite({key: clean[key] for key in keys}, "sent")
     check_finite({key: bent[key] for key in keys}, "received")
     signal = noise = 0.0

@@ -136,7 +136,7 @@ def _as_task_vectors(received: Iterable[Tensors]) -> list[TaskVector]:
     return [
         vector
         if isinstance(vector, TaskVector)
-        else TaskVector({name: tensor for name, tensor in state.items() if is_bendable(name, tensor)})
+        else TaskVector({name: tensor for name, tensor in state.items() if is_bendable(name, tensor.dtype)})
         for vector, state in zip(given, states, strict=True)
     ]
 

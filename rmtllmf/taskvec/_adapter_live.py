@@ -179,7 +179,7 @@ def _saved_parts(wrapper: Any, chosen: str) -> Iterator[tuple[str, Part]]:
     """The adapter's copy of a module minus the original."""
     before, after = wrapper.original_module.state_dict(), wrapper.modules_to_save[chosen].state_dict()
     for key, new in after.items():
-        if is_bendable(key, new):
+        if is_bendable(key, new.dtype):
 
             def make(wanted: torch.dtype, new: Tensor = new, old: Tensor = before[key]) -> Tensor:
                 return new.detach().to(wanted) - old.detach().to(wanted)

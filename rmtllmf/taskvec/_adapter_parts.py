@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._state import StateLike, as_state, identity, quoted
+from .._state import StateLike, as_state, identity, is_bendable, quoted
 from ..errors import InputError, StateMismatchError
-from ._sources import Source, Spec, bendable
+from ._sources import Source, Spec
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Read = Callable[[torch.dtype], Tensor]
@@ -159,7 +159,7 @@ def combined(
     added: Mapping[str, list[Part]], replaced: Mapping[str, tuple[Spec, Read]], base: BaseModel | None, label: str
 ) -> AdapterVector:
     """The vector of what is added to tensors and what is given in their place; ties of the base are kept."""
-    replaced = {key: (spec, read) for key, (spec, read) in replaced.items() if bendable(key, spec)}
+    replaced = {key: (spec, read) for key, (spec, read) in replaced.items() if is_bendable(key, spec.dtype)}
     if base is None:
         if replaced:
             raise InputError(

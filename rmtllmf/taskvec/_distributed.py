@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._sharded import any_process, largest_of_all, local, part_of, same_layout, sharded_like
+from .._sharded import any_process, can_be_sharded, largest_of_all, local, part_of, same_layout, sharded_like
 from .._state import all_finite
 from ..errors import NonFiniteError, StateMismatchError
 from ._sinks import Memory, Sink
@@ -27,7 +27,9 @@ ELSEWHERE = "another process could not fuse its part of the vectors; its error s
 
 def templates_of(sources: list[Source]) -> dict[str, Tensor]:
     """Name -> a DTensor that is spread like the vectors' tensors; an error where these are not spread alike."""
-    templates = {}
+    templates: dict[str, Tensor] = {}
+    if not can_be_sharded():
+        return templates
     for key in sources[0].specs:
         template = sources[0].template(key)
         if template is not None:

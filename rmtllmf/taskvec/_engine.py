@@ -7,6 +7,7 @@ A rule that must know something of the whole vectors first (norms, thresholds) s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,19 +16,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .._state import Tensors, all_finite, select_names
+from .._state import Tensors, all_finite, is_bendable, select_names
 from .._threads import share_out
 from ..errors import InputError, NonFiniteError
 from ._distributed import run_spread, templates_of
 from ._options import FusionOptions, checked_dtype, checked_options, weights_of
 from ._sinks import Memory, Sink
-from ._sources import Source, Spec, Stored, bendable, sources_of
+from ._sources import Source, Spec, Stored, sources_of
 from .vector import TaskVector
 
 Found = TypeVar("Found")
 
 PIECE = 1 << 18  # entries: what is calculated with stays in the cache, and a piece is worth its overhead
 PIECE_ON_DEVICE = 1 << 24  # on a GPU a piece should keep it busy
+BLOCK = 1 << 17  # entries: of as many, the values of all vectors stay in the cache of a core
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Piece:
     start: int
     stop: int
     into: Tensor  # where the update goes
-    spare: Callable[[int], Tensor]  # spare(0), spare(1), ...: scratch memory of the same length
+    spare: Callable[[int, int], Tensor]  # spare(0, n), spare(1, n), ...: scratch memory of n entries, at most len()
     count: int  # of vectors
     read: Callable[[int, int], Tensor]  # read(q, slot): the part of a vector, valid until the slot is read to again
 
@@ -71,7 +73,7 @@ class Fusion:
         self.argument = argument
         self.sources: Sequence[Source] = sources_of(vectors, argument)
         self.count = len(self.sources)
-        names = [key for key, spec in self.sources[0].specs.items() if bendable(key, spec)]
+        names = [key for key, spec in self.sources[0].specs.items() if is_bendable(key, spec.dtype)]
         if not names:
             raise InputError(f"{argument}: hold no floating-point entries, so there is nothing to fuse")
         skipped = set(select_names(names, options.get("skip", ()), "skip"))
@@ -96,21 +98,21 @@ class Fusion:
         self.longer = 1
         self.progress = bool(options.get("progress", False))
 
+    def lengthen(self, times: int) -> None:
+        """Let pieces be `times` as long, if the vectors are in memory: for a rule that needs little memory of its own.
+
+        They are handed out less often then, from which several threads gain.
+        """
+        self.longer = times if all(isinstance(source, Stored) for source in self.sources) else 1
+
     def by_entry(
-        self,
-        combine: Callable[[Piece], None],
-        *,
-        weighted: bool = True,
-        positional: bool = False,
-        frugal: bool = False,
+        self, combine: Callable[[Piece], None], *, weighted: bool = True, positional: bool = False
     ) -> TaskVector:
         """The update of a rule that works entry by entry: `combine` fills ``piece.into``.
 
         With `weighted` the parts come multiplied by their weights. `positional`: what becomes of an entry depends on
-        where in its tensor it is, so that ``piece.start`` must count from the start of the whole tensor. `frugal`: it
-        needs hardly any memory beside the parts, so that pieces may be longer where these are in memory already.
+        where in its tensor it is, so that ``piece.start`` must count from the start of the whole tensor.
         """
-        self.longer = 2 if frugal and all(isinstance(source, Stored) for source in self.sources) else 1
         return self._run([], None, combine, weighted, by_part=not positional)
 
     def by_matrix(
@@ -224,7 +226,7 @@ class Fusion:
         target = None if sink is None else sink.target(key, start, stop)
         if target is None or target.dtype != dtype or target.device != device:
             target = space.row(-1, length)
-        return Piece(key, start, stop, target, lambda slot: space.row(-2 - slot, length), self.count, read)
+        return Piece(key, start, stop, target, lambda slot, entries: space.row(-2 - slot, entries), self.count, read)
 
     def _pieces(self, keys: Iterable[str]) -> Iterator[tuple[str, int, int]]:
         for key in keys:
@@ -261,9 +263,12 @@ class Fusion:
 
     def _ties(self, names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         """Names to fuse, and those tied to one of them in every vector (and weighted alike)."""
+        seen = Counter(self.sources[0].identity(key) for key in names)
         known: dict[Hashable, str] = {}
         alias: dict[str, str] = {}
-        for key in sorted(names):
+        for key in sorted(names) if len(seen) < len(names) else ():
+            if seen[self.sources[0].identity(key)] == 1:
+                continue
             memory = (*(source.identity(key) for source in self.sources), self.sink.identity(key), *self.weights(key))
             original = known.setdefault(memory, key)
             if original != key:
@@ -298,8 +303,9 @@ class _Space:
             self.rows = self.kinds.setdefault(self.kind, {})
 
     def row(self, slot: int, length: int) -> Tensor:
-        """Memory of a slot, the same at every call."""
+        """Memory of a slot, the same at every call until more is asked for."""
         found = self.rows.get(slot)
-        if found is None and self.kind is not None:
-            found = self.rows[slot] = torch.empty(self.longest, dtype=self.kind[0], device=self.kind[1])
+        if (found is None or len(found) < length) and self.kind is not None:
+            entries = min(self.longest, max(BLOCK, 1 << (length - 1).bit_length()))
+            found = self.rows[slot] = torch.empty(entries, dtype=self.kind[0], device=self.kind[1])
         return found[:length]  # type: ignore[index]

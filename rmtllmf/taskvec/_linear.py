@@ -39,7 +39,8 @@ def weighted_sum(fusion: Fusion, coefficients: Callable[[str], Sequence[float]])
         if equal and len(terms) > 1 and a != 1:
             piece.into.mul_(a)
 
-    return fusion.by_entry(combine, weighted=False, frugal=True)
+    fusion.lengthen(2)
+    return fusion.by_entry(combine, weighted=False)
 
 
 def _differentiable(fusion: Fusion, coefficients: Callable[[str], Sequence[float]]) -> TaskVector:

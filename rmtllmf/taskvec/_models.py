@@ -33,7 +33,7 @@ def differences(base: StateLike, finetuned: StateLike) -> dict[str, Tensor]:
     check_keys(new, old, "finetuned", "base")
     check_shapes(new, old, "finetuned", "base")
     check_dtypes(new, old, "finetuned", "base")
-    keys = [key for key in old if is_bendable(key, old[key])]
+    keys = [key for key in old if is_bendable(key, old[key].dtype)]
     if not keys:
         raise InputError("base: holds no floating-point parameters, so there is nothing to fine-tune")
     deltas = map_tied(_difference, keys, old, new)
@@ -57,7 +57,7 @@ def applied(vector: Tensors, base: Any, scale: float) -> Any:
     check_shapes(vector, state, "the task vector", "base")
     deltas: dict[Hashable, str] = {}  # one for each memory of the base: what is tied moves together
     for key in vector:
-        if not is_bendable(key, state[key]):
+        if not is_bendable(key, state[key].dtype):
             raise TypeError(f"base[{key!r}] is {state[key].dtype} or a running statistic; it cannot be changed")
         twin = deltas.setdefault(identity(state[key]), key)
         if vector[key] is not vector[twin] and not torch.equal(vector[key], vector[twin]):

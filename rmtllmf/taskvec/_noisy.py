@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .._coefficients import CHUNK, SCALES, sums_of_rows
 from .._random import Seed, reseed, seed_number
-from .._state import extrema, finite_number
+from .._state import extrema, finite_number, is_bendable
 from ..errors import InputError, ShapeError
 from ._engine import Fusion, Piece
-from ._sources import Source, bendable
+from ._sources import Source
 
 
 class Noisy(Source):
@@ -26,7 +26,7 @@ class Noisy(Source):
         self.inner, self.user, self.scale, self.seed = inner, user, scale, seed
         self.label, self.specs = inner.label, inner.specs
         self.amplitude = torch.tensor(mse, dtype=torch.float64, device="cpu").sqrt()
-        self.keys_sent = sorted(key for key, spec in self.specs.items() if bendable(key, spec))
+        self.keys_sent = sorted(key for key, spec in self.specs.items() if is_bendable(key, spec.dtype))
         ends = list(accumulate(self.specs[key].size for key in self.keys_sent))
         self.starts = dict(zip(self.keys_sent, [0, *ends], strict=False))
         self.length = ends[-1] if ends else 0
@@ -42,7 +42,7 @@ class Noisy(Source):
 
     def read(self, key: str, start: int, stop: int, buffer: Tensor) -> Tensor:
         sent = self.inner.read(key, start, stop, buffer)
-        if not self.amplitude or not bendable(key, self.specs[key]):
+        if not self.amplitude or not is_bendable(key, self.specs[key].dtype):
             return sent
         at, end = self.starts[key] + start, self.starts[key] + stop
         while at < end:
@@ -97,7 +97,7 @@ def mse_of(mse: Any, count: int) -> list[float]:
 
 def _scales(vectors: Sequence[Source], scale: str | float) -> list[dict[str, float]]:
     """What the coefficients of each tensor of each vector are divided by before they are sent."""
-    keys = sorted(key for key, spec in vectors[0].specs.items() if bendable(key, spec))
+    keys = sorted(key for key, spec in vectors[0].specs.items() if is_bendable(key, spec.dtype))
     if not isinstance(scale, str):
         number = finite_number(scale, "scale", positive=True)
         return [dict.fromkeys(keys, number) for _ in vectors]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .._threads import share_out
-from ._engine import Fusion, Piece
+from ._engine import BLOCK, Fusion, Piece
 from ._sources import Source, Stored
 
 DEVIATIONS = 3.5  # standard deviations of the sample's quantile between the threshold and the ends of its bracket
@@ -215,9 +215,12 @@ class _Batch:
                     for vector, part in enumerate(piece.parts):
                         if (group, vector) in chosen:  # noqa: B023 (used before the next turn)
                             prefix, _ = chosen[group, vector]  # noqa: B023
-                            bits = part.to(dtype).abs().view(whole) >> shift
-                            counts = torch.bincount((bits[bits >> 8 == prefix] & 255).long(), minlength=256)
-                            seen.append(((group, vector), counts.cpu()))
+                            counts = torch.zeros(256, dtype=torch.int64)
+                            for block in part.split(BLOCK if part.device.type == "cpu" else len(part)):
+                                bits = block.to(dtype).abs().view(whole) >> shift
+                                digits = (bits[bits >> 8 == prefix] & 255).long()
+                                counts += torch.bincount(digits, minlength=256).cpu()
+                            seen.append(((group, vector), counts))
                     return seen
 
                 totals: dict[Unit, Tensor] = {}
@@ -254,7 +257,7 @@ def _sample(source: Source, key: str, fusion: Fusion, stride: int) -> Tensor:
 
 
 def _census(part: Tensor, piece: Piece, bracket: _Bracket, dtype: torch.dtype) -> _Census:
-    size = torch.abs(part, out=piece.spare(0))
+    size = torch.abs(part, out=piece.spare(0, len(piece)))
     if size.dtype != dtype:
         size = size.to(dtype)
     low, high, most = bracket
@@ -263,7 +266,8 @@ def _census(part: Tensor, piece: Piece, bracket: _Bracket, dtype: torch.dtype) -
     if low < 0 and math.isinf(high):
         return _Census(len(size), len(size), 0, 0, size.clone())
     values = size.numpy()
-    flags, others = (piece.spare(slot).view(torch.bool).numpy()[: len(values)] for slot in (1, 2))
+    entries = -(-len(piece) // 4)  # four bytes each, at least
+    flags, others = (piece.spare(slot, entries).view(torch.bool).numpy()[: len(values)] for slot in (1, 2))
     from_low = int(np.count_nonzero(np.greater_equal(values, low, out=flags)))
     above_high = int(np.count_nonzero(np.greater(values, high, out=others)))
     if from_low - above_high <= most:  # nearly always: few enough to be looked at one by one

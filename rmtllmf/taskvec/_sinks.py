@@ -161,15 +161,14 @@ class Applied(Sink):
     def identity(self, key: str) -> Hashable:
         return self.base.source.identity(key)
 
-    def target(self, key: str, start: int, stop: int) -> Tensor | None:
-        return self.inner.target(key, start, stop)
-
     def write(self, key: str, start: int, update: Tensor) -> bool:
-        before, finite = self.base.read(key, start, start + len(update), update.dtype, update.device)
-        if not finite and not all_finite(update):
-            return False
-        model = update.add_(before)
-        if finite and not all_finite(model):  # which an update that is not finite cannot make either
+        before = self.base.read(key, start, start + len(update), update.dtype, update.device)
+        place = self.inner.target(key, start, start + len(update))
+        if place is None or place.dtype != update.dtype or place.device != update.device:
+            place = torch.empty_like(update)
+        model = torch.add(update, before, out=place)
+        # a finite model is made from what is finite; what is not finite in the base stays so
+        if not all_finite(model) and (self.base.finite() or not all_finite(update)):
             return False
         self.inner.put(key, start, model)
         return True
@@ -229,24 +228,27 @@ def _check_memory(
     out: Tensors, specs: Mapping[str, Spec], alias: Mapping[str, str], sources: list[Source], argument: str
 ) -> None:
     """Raise where something that is written to overlaps with what is read, or with another result."""
-    places: list[tuple[str, int, int, bool, str]] = []
+    places: list[tuple[str, int, int, bool, str, str]] = []
     for source in (part for whole in sources for part in whole.in_memory()):
-        places += [(*memory_of(t), False, f"{source.label}[{key!r}]") for key, t in source.tensors.items() if t.numel()]
+        places += [(*memory_of(t), False, key, source.label) for key, t in source.tensors.items() if t.numel()]
     for key in [*specs, *alias]:
         if key in alias and identity(out[key]) == identity(out[alias[key]]):
             continue
         if out[key].numel():
-            places.append((*memory_of(out[key]), True, key))
-    ends: dict[tuple[str, bool], tuple[int, str]] = {}  # how far what was seen reaches, and what it is
-    for device, start, stop, written, name in sorted(places):
+            places.append((*memory_of(out[key]), True, key, argument))
+    places.sort()
+    nothing = (0, "", "")
+    ends: dict[tuple[str, bool], tuple[int, str, str]] = {}  # how far what was seen reaches, and what it is
+    for device, start, stop, written, key, label in places:
         for other in (True, False) if written else (True,):
-            end, twin = ends.get((device, other), (start, ""))
+            end, twin, its = ends.get((device, other), nothing)
             if end > start and written and other:
-                raise InputError(f"{argument}: {twin!r} and {name!r} are one memory, at least in part, but two results")
+                raise InputError(f"{argument}: {twin!r} and {key!r} are one memory, at least in part, but two results")
             if end > start:
-                place, reader = (name, twin) if written else (twin, name)
+                place, reader = (key, f"{its}[{twin!r}]") if written else (twin, f"{label}[{key!r}]")
                 raise InputError(f"{argument}[{place!r}] shares memory with {reader}, which must not be written to")
-        ends[device, written] = max(ends.get((device, written), (0, "")), (stop, name))
+        if stop > ends.get((device, written), nothing)[0]:
+            ends[device, written] = (stop, key, label)
 
 
 def _apart(tensor: Tensor) -> bool:

@@ -69,7 +69,7 @@ def mean_of_ranks(fusion: Fusion, ranks: range, scale: float) -> TaskVector:
 
     def combine(piece: Piece) -> None:
         longest = CHUNK if piece.into.device.type == "cpu" else CHUNK_ON_DEVICE
-        spare = [piece.spare(slot) for slot in range(fusion.count + 1)]
+        spare = [piece.spare(slot, len(piece)) for slot in range(fusion.count + 1)]
         sums = []
         for start in range(0, len(piece), longest):
             cut = slice(start, min(start + longest, len(piece)))

@@ -173,8 +173,8 @@ class Base:
             self._local = None if source is None else Base(source)
         return self._local
 
-    def read(self, key: str, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
-        """The piece, and whether all of it is finite. Valid until the same thread asks for the next."""
+    def read(self, key: str, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The piece, valid until the same thread asks for the next."""
         last, wanted = self._last, (key, start, stop, dtype, device)
         if getattr(last, "piece", None) != wanted:
             last.piece = None
@@ -182,9 +182,17 @@ class Base:
             if buffer is None or len(buffer) < stop - start or buffer.dtype != dtype or buffer.device != device:
                 buffer = last.buffer = torch.empty(stop - start, dtype=dtype, device=device)
             last.values = self.source.read(key, start, stop, buffer[: stop - start])
-            last.finite = all_finite(last.values)
+            last.finite = None
             last.piece = wanted
-        return last.values, last.finite
+        values: Tensor = last.values
+        return values
+
+    def finite(self) -> bool:
+        """Whether all of the piece that this thread read last is finite."""
+        last = self._last
+        if last.finite is None:
+            last.finite = all_finite(last.values)
+        return bool(last.finite)
 
 
 class Difference(Source):
@@ -195,7 +203,7 @@ class Difference(Source):
         self.specs = {
             key: spec._replace(dtype=spec.calculated_in)
             for key, spec in base.source.specs.items()
-            if bendable(key, spec)
+            if is_bendable(key, spec.dtype)
         }
 
     def in_memory(self) -> Iterator[Stored]:
@@ -222,8 +230,8 @@ class Difference(Source):
 
     def read(self, key: str, start: int, stop: int, buffer: Tensor) -> Tensor:
         after = self.model.read(key, start, stop, buffer)
-        before, finite = self.base.read(key, start, stop, buffer.dtype, buffer.device)
-        if finite:
+        before = self.base.read(key, start, stop, buffer.dtype, buffer.device)
+        if self.base.finite():
             return torch.sub(after, before, out=buffer)
         same = (before == after) | (before.isnan() & after.isnan())
         return torch.where(same, 0.0, after - before)
@@ -263,14 +271,11 @@ def check_same(source: Source, reference: Source) -> None:
     check_keys(source.specs, reference.specs, source.label, reference.label)
     for key, spec in source.specs.items():
         other = reference.specs[key]
+        if spec == other:
+            continue
         if spec.shape != other.shape:
             raise StateMismatchError(
                 f"{source.label}[{key!r}] has shape {spec.shape}; {reference.label} has {other.shape}"
             )
-        if bendable(key, spec) != bendable(key, other):
+        if is_bendable(key, spec.dtype) != is_bendable(key, other.dtype):
             raise StateMismatchError(f"{source.label}[{key!r}] is {spec.dtype}; {reference.label} has {other.dtype}")
-
-
-def bendable(key: str, spec: Spec) -> bool:
-    """Whether an entry is a parameter that fusion may change: floating, and no running statistic."""
-    return is_bendable(key, torch.empty(0, dtype=spec.dtype))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._state import Tensors, all_finite, check_keys, finite_number, heuristic_scale, whole_number
+from .._state import Tensors, all_finite, check_keys, finite_number, heuristic_scale, is_bendable, whole_number
 from ..errors import InputError, NonFiniteError, ShapeError, StateMismatchError
 from ._engine import Fusion, Piece
 from ._options import FusionOptions, Weights
-from ._sources import Source, bendable, source_of
+from ._sources import Source, source_of
 from .vector import TaskVector
 
 __all__ = ["consensus", "tall_masks"]
@@ -129,7 +129,7 @@ def tall_masks(
     ]
 
     def look(piece: Piece) -> None:
-        total = election.total(piece, piece.spare(2))
+        total = election.total(piece, piece.spare(2, len(piece)))
         for mask, elected in zip(masks, election.elected(piece, total), strict=True):
             mask[piece.key].view(-1)[piece.start : piece.stop] = elected
 
@@ -166,8 +166,8 @@ class _Election:
     def elected(self, piece: Piece, total: Tensor) -> Iterable[Tensor]:
         """For each vector where it elects `total`."""
         for part, threshold in zip(piece.parts, self.thresholds, strict=True):
-            apart = torch.sub(total, part, out=piece.spare(0)).abs_().mul_(threshold)
-            yield torch.abs(part, out=piece.spare(1)) >= apart
+            apart = torch.sub(total, part, out=piece.spare(0, len(piece))).abs_().mul_(threshold)
+            yield torch.abs(part, out=piece.spare(1, len(piece))) >= apart
 
 
 def _check_merged(merged: Source, fusion: Fusion) -> None:
@@ -180,7 +180,7 @@ def _check_merged(merged: Source, fusion: Fusion) -> None:
             raise StateMismatchError(
                 f"merged[{key!r}] has shape {merged.specs[key].shape}; the vectors have {spec.shape}"
             )
-        if not bendable(key, merged.specs[key]):
+        if not is_bendable(key, merged.specs[key].dtype):
             raise StateMismatchError(f"merged[{key!r}] is {merged.specs[key].dtype}; expected floating-point entries")
     for key, original in fusion.alias.items():
         tied = merged.identity(key) == merged.identity(original)

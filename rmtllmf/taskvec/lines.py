@@ -70,7 +70,7 @@ def lines(
     """
     slope = finite_number(beta, "beta")
     start = 1 - slope if alpha is None else finite_number(alpha, "alpha")
-    state = {key: tensor for key, tensor in as_state(update, "update").items() if is_bendable(key, tensor)}
+    state = {key: tensor for key, tensor in as_state(update, "update").items() if is_bendable(key, tensor.dtype)}
     if not state:
         raise InputError("update: holds no floating-point entries, so there is nothing to scale")
     factors = {key: start + slope * (place or 0.0) for key, place in _depths(state, depth or {}).items()}

@@ -11,11 +11,11 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from .._state import Tensors, all_finite, inner_product, select_names, whole_number
+from .._state import Tensors, all_finite, inner_product, is_bendable, select_names, whole_number
 from .._threads import share_out
 from ..errors import InputError, NonFiniteError
 from ._adapter_save import save_adapter
-from ._sources import Source, bendable, source_of
+from ._sources import Source, source_of
 from .vector import TaskVector
 
 __all__ = ["LowRank", "low_rank"]
@@ -220,7 +220,8 @@ def low_rank(update: Tensors, rank: int, *, names: str | Iterable[str] | None = 
 
 def _is_matrix(key: str, source: Source, *, by_name: bool) -> bool:
     spec = source.specs[key]
-    return bool(spec.size) and bendable(key, spec) and (len(spec.shape) in (2, 4) or (by_name and len(spec.shape) > 1))
+    matrix = len(spec.shape) in (2, 4) or (by_name and len(spec.shape) > 1)
+    return matrix and spec.size > 0 and is_bendable(key, spec.dtype)
 
 
 def _factors(source: Source, key: str, rank: int) -> tuple[Tensor, Tensor, float, float]:

@@ -11,14 +11,12 @@ from typing_extensions import Unpack
 
 from .._state import Tensors, all_finite, finite_number
 from ..errors import InputError
-from ._engine import Fusion, Piece
+from ._engine import BLOCK, Fusion, Piece
 from ._options import FusionOptions
 from ._selection import Cut, largest
 from .vector import TaskVector
 
 __all__ = ["ties"]
-
-BLOCK = 1 << 17  # entries
 
 Trim = Literal["global", "tensor"]
 Combine = Literal["mean", "sum", "weighted mean"]
@@ -102,6 +100,7 @@ def ties(
     if not 0 < density <= 1:
         raise InputError(f"density: expected a share in (0, 1], where 1 keeps all, got {density:g}")
     fusion = Fusion(vectors, options)
+    fusion.lengthen(4)
     groups = [fusion.keys] if trim == "global" else [[key] for key in fusion.keys]
     cuts = largest(fusion, groups, density) if density < 1 else {}
     trimmed = _trimmer(fusion, cuts, weighted=voters == "weighted")
@@ -111,7 +110,7 @@ def ties(
         for block in _blocks(piece):
             values = trimmed(piece, block)
             sign = election.signs(piece, values)
-            agreeing, votes = (piece.spare(fusion.count + slot)[: len(sign)] for slot in (1, 2))
+            agreeing, votes = (piece.spare(fusion.count + slot, len(sign)) for slot in (1, 2))
             into = piece.into[block].zero_()
             votes.zero_()
             for value, weight in zip(values, fusion.weights(piece.key), strict=True):
@@ -146,7 +145,7 @@ def _trimmer(
     def trimmed(piece: Piece, block: slice) -> list[Tensor]:
         values = []
         for vector, weight in enumerate(fusion.weights(piece.key)):
-            spare = piece.spare(vector)[: block.stop - block.start]
+            spare = piece.spare(vector, block.stop - block.start)
             value = piece.parts[vector][block]
             if cuts:
                 value = cuts[piece.key][vector].keep(vector, piece, block, spare)
@@ -175,7 +174,7 @@ class _Election:
 
     def signs(self, piece: Piece, values: Sequence[Tensor]) -> Tensor:
         """1, -1 or 0 for each entry, in the piece's spare memory."""
-        total, vote = (piece.spare(self.fusion.count + slot)[: len(values[0])] for slot in (0, 1))
+        total, vote = (piece.spare(self.fusion.count + slot, len(values[0])) for slot in (0, 1))
         total.zero_()
         for value in values:
             if self.by_count and not all_finite(value):  # infinite mass wins or is NaN, but it might lose by count

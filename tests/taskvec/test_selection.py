@@ -45,7 +45,7 @@ def kept_by(vectors, groups, density):
             step = 7 if len(piece) < 1000 else len(piece)
             for start in range(0, len(piece), step):
                 block = slice(start, min(start + step, len(piece)))
-                left = cut.keep(index, piece, block, piece.spare(0)[: block.stop - block.start])
+                left = cut.keep(index, piece, block, piece.spare(0, block.stop - block.start))
                 one[piece.key].view(-1)[piece.start : piece.stop][block] = left
 
         fusion.survey(look)
@@ -212,7 +212,7 @@ def test_equal_magnitudes_in_a_long_piece_are_looked_for_once(monkeypatch):
 def test_torch_counts_what_numpy_counts(bracket):
     draw = torch.Generator().manual_seed(4)
     values = torch.randint(-6, 7, (1000,), generator=draw) / 2
-    piece = engine.Piece("w", 0, 1000, values, lambda slot: torch.empty(1000), 1, lambda index, slot: values)
+    piece = engine.Piece("w", 0, 1000, values, lambda slot, length: torch.empty(1000), 1, lambda index, slot: values)
     ours = selection._census(values, piece, selection._Bracket(*bracket, 1000), torch.float32)
     other = selection._census_by_torch(values.abs(), *bracket, 1000)
     assert ours[:4] == other[:4]
@@ -236,6 +236,6 @@ def test_on_the_device():
     for cut, vector, one in zip(cuts, there, expected, strict=True):
         there_is = vector["w"]
         piece = engine.Piece(
-            "w", 0, SIZE, there_is, lambda slot: torch.empty(SIZE, device="cuda"), 1, lambda index, slot, w=there_is: w
+            "w", 0, SIZE, there_is, lambda slot, length: torch.empty(SIZE, device="cuda"), 1, lambda index, slot, w=there_is: w
         )
         assert torch.equal(cut.keep(0, piece, slice(0, SIZE), torch.empty_like(vector["w"])).cpu(), one["w"])
