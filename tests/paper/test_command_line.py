@@ -138,9 +138,9 @@ def test_too_few_samples_are_named(finished, tmp_path):
 
 
 def test_the_shipped_results_can_be_continued(tmp_path):
-    """They are of this protocol, base model and code of the testbed, and hold the default jobs of two seeds."""
+    """They are of this protocol, base model and code of the testbed, and hold the default jobs of five seeds."""
     path = EXAMPLES / "paper" / "testbed.jsonl"
-    protocol = replace(TESTBED, seeds=(0, 1))
+    protocol = replace(TESTBED, seeds=(0, 1, 2, 3, 4))
     results = open_results(path, protocol, world_of(protocol, tmp_path, tmp_path))
     assert {job.key(protocol.tasks) for job in jobs_of(protocol)} <= {key_of(row) for row in results.rows()}
 
