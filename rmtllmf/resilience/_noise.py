@@ -43,6 +43,8 @@ class KnownNoise:
         stream: the received vectors, checked: names, ties, their order on the air, and how results are put together.
         gain: (blocks, Q) float64, :math:`g`; 1 for the estimators "additive" and "unbiased".
         covariance: (blocks, Q, Q) float64, of the noise in equal coefficients of the users, in units of their scales.
+        imaginary: (blocks, Q, Q) float64: that of an imaginary part of a symbol of the first user with the real part of
+            the second, likewise; all zero where errors are not correlated.
         scale: for each user name -> what a coefficient was divided by.
         parts: name -> its parts, in order.
     """
@@ -50,6 +52,7 @@ class KnownNoise:
     stream: Stream
     gain: Tensor
     covariance: Tensor
+    imaginary: Tensor
     scale: list[dict[str, float]]
     parts: dict[str, list[Part]]
 
@@ -69,7 +72,8 @@ class KnownNoise:
         symbols = (stream.length + 1) // 2
         check_blocks(link.blocks, symbols, "reception")
         root = link.root.to(torch.complex128)
-        covariance = (root @ root.mH).real
+        symbols_noise = root @ root.mH
+        covariance = symbols_noise.real
         gain = torch.ones(link.blocks, users, dtype=torch.float64)
         for b, row in enumerate(link.gain):
             for q, g in enumerate(row):
@@ -79,7 +83,7 @@ class KnownNoise:
         for block, first, end in fading_parts(0, symbols, symbols, link.blocks):
             for key, where, _ in stream.pieces(2 * first, min(2 * end, stream.length)):
                 parts[key].append(Part(where.start, where.stop, block))
-        return cls(stream, gain, covariance, _scales(stream, scale, gain, covariance, parts), parts)
+        return cls(stream, gain, covariance, symbols_noise.imag, _scales(stream, scale, gain, covariance, parts), parts)
 
     @property
     def users(self) -> int:
@@ -90,6 +94,11 @@ class KnownNoise:
         """(Q, Q) of the noise in the entries of a tensor that were sent in this block."""
         scale = torch.tensor([row[key] for row in self.scale], dtype=torch.float64)
         return self.covariance[block] * scale[:, None] * scale[None, :]
+
+    def complex_covariance_of(self, key: str, block: int) -> Tensor:
+        """The same (complex, Hermitian) for ``x + jy``, where x, y are the coefficients of one symbol; half of it."""
+        scale = torch.tensor([row[key] for row in self.scale], dtype=torch.float64)
+        return torch.complex(self.covariance[block], self.imaginary[block]) * scale[:, None] * scale[None, :]
 
     def variance(self, key: str) -> Tensor:
         """(Q,) the mean variance over the entries of a tensor, after division by the gains (which must not be 0)."""

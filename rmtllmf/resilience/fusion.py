@@ -125,7 +125,7 @@ def resilient_fusion(
     # what is restored anyway need not be fused first; tied names may have been bent each on its own
     rest = [name for name in update if name not in names]
     fused = update.select(rest).apply_to(original) if rest else original
-    _load(current, restore(fused, original, names))
+    _write(current, restore(fused, original, names))
     return plan.run()
 
 
@@ -141,7 +141,18 @@ def _as_task_vectors(received: Iterable[Tensors]) -> list[TaskVector]:
     ]
 
 
-def _load(current: Mapping[str, Tensor], state: Tensors) -> None:
+def load(model: nn.Module, state: StateLike) -> None:
+    """Write a state into a model, all of it; an error before anything is written unless it fits."""
+    everything = model.state_dict(keep_vars=True)
+    current = {name: tensor for name, tensor in everything.items() if isinstance(tensor, Tensor)}
+    tensors = as_state(state, "base")
+    check_keys(tensors, current, "base", "model")
+    check_shapes(tensors, current, "base", "model")
+    check_dtypes(tensors, current, "base", "model")
+    _write(current, tensors)
+
+
+def _write(current: Mapping[str, Tensor], state: Tensors) -> None:
     """Into the model's own tensors; what is one tensor there must not be two different ones in `state`."""
     names: dict[Hashable, str] = {}
     for name, tensor in current.items():

@@ -1,4 +1,4 @@
-"""Which parameters of a transformer are its embeddings, and which its attention projections: told by their names."""
+"""Which parameters of a model are embeddings, attention projections or normalisation layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._state import StateLike, Tensors, as_state, identity
 
-__all__ = ["attention_keys", "embedding_keys"]
+__all__ = ["attention_keys", "embedding_keys", "normalization_keys"]
 
 # Only the last parts of a name decide, so that any wrapper's prefix ("visual.", "visual.trunk.", "model.") is fine.
 _EMBEDDING = re.compile(
@@ -47,6 +47,20 @@ _ATTENTION = re.compile(
           |c_attn|q_attn|[qkv]_lin|out_lin|w[qkvo]|Wqkv|Wo)\.(?:weight|bias)
       | in_proj_weight | in_proj_bias | [qkv]_proj_weight | bias_[kv] | [qv]_bias
     )$""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+_NORMALIZATIONS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._NormBase,  # batch and instance normalisation of any dimension
+)
+_NORMALIZATION = re.compile(
+    r"""(?:^|\.)(?:
+        \w*(?:norm|layrnorm)\w*       # as Hugging Face's CLIP spells it
+      | (?:\w+_)?(?:ln|bn)\d*(?:_\w+)?
+    )\.(?:weight|bias|gamma|beta)$""",
     re.VERBOSE | re.IGNORECASE,
 )
 
@@ -117,6 +131,67 @@ def attention_keys(model_or_state: StateLike) -> tuple[str, ...]:
         ('attn.in_proj_weight', 'attn.out_proj.weight')
     """
     return tuple(key for key in _floating(model_or_state) if _ATTENTION.search(key))
+
+
+def normalization_keys(model_or_state: StateLike) -> tuple[str, ...]:
+    r"""The names of the weights and biases of normalisation layers, few numbers that steer everything else.
+
+    .. math:: \gamma \odot \frac{x - \mathrm{mean}(x)}{\sqrt{\mathrm{var}(x) + \varepsilon}} + \beta
+
+    For ``realign(trainable=normalization_keys(model))``: with 10 samples a class there is little to overfit. In a
+    module the layers are told by their type: layer, RMS, group, batch and instance normalisation of torch, what derives
+    from them, and any other class with "norm" in its name whose parameters are vectors (open_clip, timm, torchvision
+    and Hugging Face have their own). In a state dict they are told as a vector ``weight`` beside a ``bias`` of the
+    same shape, or a lone vector by its name. Running statistics themselves do not count.
+
+    Args:
+        model_or_state: a module, a state dict or the path of a safetensors file.
+
+    Returns:
+        The names in the order of the state dict, floating entries only. Empty if there is none. A state dict does not
+        tell a weight over several dimensions, nor a lone weight without a telling name.
+
+    Raises:
+        TypeError: neither a module nor a mapping of name -> tensor nor a path.
+
+    Source: Frankle, Schwab and Morcos, "Training BatchNorm and only BatchNorm", 2021; Zhao et al., "Tuning LayerNorm
+    in attention: towards efficient multi-modal LLM finetuning", 2024.
+
+    Example:
+        >>> from torch import nn
+        >>> normalization_keys(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)))
+        ('1.weight', '1.bias')
+    """
+    state = _floating(model_or_state)
+    if isinstance(model_or_state, nn.Module):
+        found = {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in model_or_state.named_modules(remove_duplicate=False)
+            if _is_normalization(module)
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+        return tuple(key for key in state if key in found)
+    return tuple(key for key in state if _is_normalization_entry(key, state))
+
+
+def _is_normalization(module: nn.Module) -> bool:
+    if isinstance(module, _NORMALIZATIONS):
+        return True
+    own = list(module.parameters(recurse=False))
+    return "norm" in type(module).__name__.lower() and all(parameter.ndim <= 1 for parameter in own)
+
+
+def _is_normalization_entry(key: str, state: Tensors) -> bool:
+    owner, _, last = key.rpartition(".")
+    prefix = f"{owner}." if owner else ""
+    if last not in ("weight", "bias", "gamma", "beta") or state[key].ndim != 1:
+        return False
+    weight, bias = state.get(prefix + "weight"), state.get(prefix + "bias")
+    if weight is not None and bias is not None:
+        return weight.ndim == 1 and weight.shape == bias.shape
+    if weight is None and last == "bias":  # of something else with such a name
+        return False
+    return bool(_NORMALIZATION.search(key))
 
 
 def _floating(source: StateLike) -> dict[str, Tensor]:

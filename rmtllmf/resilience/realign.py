@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Iterable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 
-from .._state import finite_number, select_names, whole_number
-from .._tasks import Task, Tasks, as_tasks, device_of, logits_of, mode, pairs
-from ..errors import InputError, NonFiniteError, ShapeError
-from ._training import check_finite, kept, only_trained, progress_bar, warmup_cosine
+from .._state import StateLike
+from .._tasks import Tasks
+from ._anchor import AnchorWeight
+from ._plan import Loss as Loss
+from ._plan import MakeOptimizer as MakeOptimizer
+from ._plan import Plan as Plan
+from ._plan import Realignment
+from ._plan import prepare as prepare
 
 __all__ = ["Realignment", "realign"]
-
-Loss: TypeAlias = Callable[[Any, Any], Tensor]
-MakeOptimizer: TypeAlias = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-
-
-@dataclass(frozen=True)
-class Realignment:
-    """What a realignment did.
-
-    Attributes:
-        losses: the mean loss over the tasks before each step, one number a step.
-        trained: names of the parameters that were trained; tied ones under their first name.
-        seconds: wall-clock time of all steps.
-
-    Example:
-        >>> Realignment(losses=(0.7, 0.5), trained=("weight",), seconds=0.1).losses[-1]
-        0.5
-    """
-
-    losses: tuple[float, ...]
-    trained: tuple[str, ...]
-    seconds: float
 
 
 def realign(
@@ -54,6 +30,12 @@ def realign(
     lr: float | None = None,
     weight_decay: float | None = None,
     warmup: float | None = None,
+    schedule_steps: int | None = None,
+    anchor: StateLike | None = None,
+    anchor_weight: AnchorWeight = 1.0,
+    validation: Tasks | None = None,
+    validate_every: int = 1,
+    patience: int | None = None,
     optimizer: MakeOptimizer | None = None,
     progress: bool = False,
 ) -> Realignment:
@@ -61,6 +43,9 @@ def realign(
 
     .. math:: \min_{\theta_j,\ j \notin \mathcal{E}} \frac{1}{N} \sum_{i=1}^N
               E_{(x, y) \sim \mathcal{S}_i}\, \ell\bigl(h_i(f(x; \theta)), y\bigr)
+              + \frac{1}{2} \sum_j w_j \lVert \theta_j - \theta^{\text{anchor}}_j \rVert^2
+
+    where the last sum is there with an `anchor` only.
 
     Every step takes the next batch of every task, so small tasks come round more often. Tasks go backward one by one,
     so memory is that of the largest. The model is in training mode meanwhile (but for modules with frozen statistics,
@@ -81,8 +66,29 @@ def realign(
         lr: peak step size of AdamW; None: 1e-4.
         weight_decay: of AdamW; None: 0, since decay would pull away from the base model.
         warmup: share of the steps with linearly rising step size, followed by a cosine to 0; None: 0.1.
+        schedule_steps: number of steps that the schedule of the step size is made for, at least `steps`; None: `steps`.
+            So the first 30 of 100 steps can be taken as `steps_by_cross_validation` took them.
+        anchor: what the trained parameters are pulled to: a module, a state dict or the path of a safetensors file, of
+            which only trained parameters with a weight are read, or "start": where the model stands when the first
+            step is taken. None: no pull.
+        anchor_weight: :math:`w`, at least 0: a number, or a mapping of name or glob pattern -> a number, or a tensor
+            that broadcasts to the parameter; the first pattern that matches counts, and a parameter that none matches
+            is free, as with weight 0. The precision of the anchor: where its error has variance v and the loss is the
+            mean over n samples of a negative log-likelihood, ``1 / (n v)`` makes the sum the posterior's. With
+            AdamW (also Adam and SGD as `optimizer`) the pull is a proximal step after every step,
+            :math:`\theta \leftarrow (D \theta + \eta w \theta^{\text{anchor}}) / (D + \eta w)`, in the metric D of
+            the optimizer: the root of the second moment for AdamW, 1 for SGD. It is stable for any weight, and comes
+            to rest in the minimum of the sum above. Any other optimizer gets the penalty's gradient, and must have
+            a step size that is small enough for it.
+        validation: tasks and batches as in `tasks_or_batches`, held-out samples. The mean loss on them, in evaluation
+            mode, is evaluated before the first step, after every `validate_every` steps and after the last; the
+            trained parameters and the buffers are left as they were at the smallest. A list is best: a DataLoader may
+            draw from torch's generator whenever it is gone through. None: left as after the last step.
+        validate_every: steps from one evaluation to the next.
+        patience: number of successive evaluations without a new smallest validation loss after which no more steps
+            are taken; None: all are.
         optimizer: parameters -> a ``torch.optim.Optimizer`` that replaces AdamW and the schedule (and so excludes
-            `lr`, `weight_decay` and `warmup`).
+            `lr`, `weight_decay`, `warmup` and `schedule_steps`).
         progress: show a bar.
 
     Returns:
@@ -93,9 +99,14 @@ def realign(
             that is used up, half-precision parameters without an `optimizer`, `steps` or `lr` out of range.
         NonFiniteError: a loss or a gradient that is not finite, before the step is taken, or a parameter that is not
             after the last.
-        ShapeError: the loss is not one number.
+        ShapeError: the loss is not one number, or a weight of the anchor does not broadcast to its parameter.
+        StateMismatchError: `anchor` lacks a trained parameter, or has another shape or dtype.
 
-    Source: R-MTLLMF, section III, step "realignment" (few-shot fine-tuning with frozen embeddings).
+    Source: R-MTLLMF, section III, step "realignment" (few-shot fine-tuning with frozen embeddings); the anchor: Li,
+    Grandvalet and Davoine, "Explicit inductive bias for transfer learning with convolutional networks", 2018 (L2-SP),
+    with weights for each parameter as Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks",
+    2017, eq. 3; the proximal step in the metric of the optimizer: Yun, Lozano and Yang, "Adaptive proximal gradient
+    methods for structured neural networks", 2021.
 
     Example:
         >>> import torch
@@ -117,186 +128,11 @@ def realign(
         warmup=warmup,
         optimizer=optimizer,
         progress=progress,
+        schedule_steps=schedule_steps,
+        anchor=anchor,
+        anchor_weight=anchor_weight,
+        validation=validation,
+        validate_every=validate_every,
+        patience=patience,
     )
     return plan.run()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A realignment whose arguments have been checked, and that has not touched anything yet."""
-
-    model: nn.Module
-    tasks: dict[str, Task]
-    steps: int
-    trained: dict[str, nn.Parameter]
-    kept_buffers: tuple[tuple[nn.Module, str], ...]
-    loss: Loss
-    optimizer: torch.optim.Optimizer | None  # None: no steps
-    schedule: Callable[[int], float] | None
-    progress: bool
-
-    def run(self) -> Realignment:
-        """All steps, after which flags, modes, gradients and frozen buffers are as they were."""
-        start, losses = time.perf_counter(), []
-        parameters = list(self.trained.values())
-        heads = [task.head for task in self.tasks.values() if isinstance(task.head, nn.Module)]
-        device = device_of(self.model)
-        with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(self._training())
-            stack.enter_context(mode(False, *heads))
-            stack.enter_context(only_trained(parameters, self.model, *heads))
-            stack.enter_context(kept(self.kept_buffers))
-            scheduler = None
-            if self.schedule is not None and self.optimizer is not None:
-                scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule)
-            batches = {name: _endless(task, name, device) for name, task in self.tasks.items()}
-            bar = stack.enter_context(progress_bar(self.steps)) if self.progress else None
-            for step in range(self.steps):
-                for parameter in parameters:
-                    parameter.grad = None
-                total = 0.0
-                for name, task in self.tasks.items():
-                    inputs, targets = next(batches[name])
-                    value = self.loss(logits_of(self.model, task.head, inputs), targets)
-                    total += _check_loss(value, step, name)
-                    # `inputs=`: a head that hides parameters in a closure gets no gradients either
-                    (value / len(self.tasks)).backward(inputs=parameters)
-                losses.append(total / len(self.tasks))
-                check_finite([parameter.grad for parameter in parameters], self.trained, f"gradient in step {step}")
-                assert self.optimizer is not None  # there are steps
-                self.optimizer.step()
-                if scheduler is not None:
-                    scheduler.step()
-                if bar is not None:
-                    bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-                    bar.update()
-            check_finite(parameters, self.trained, "value after the last step")
-        return Realignment(tuple(losses), tuple(self.trained), time.perf_counter() - start)
-
-    @contextmanager
-    def _training(self) -> Iterator[None]:
-        """Training mode, but not where statistics are frozen, nor in parts that the caller had set apart."""
-        found = [part for part in self.model.modules() if self.model.training and not part.training]
-        with mode(True, self.model):
-            for part in [*found, *(module for module, _ in self.kept_buffers)]:
-                part.training = False
-            yield
-
-
-def prepare(
-    model: nn.Module,
-    tasks_or_batches: Tasks,
-    *,
-    steps: int,
-    frozen: str | Iterable[str],
-    trainable: str | Iterable[str] | None,
-    loss: Loss,
-    lr: float | None,
-    weight_decay: float | None,
-    warmup: float | None,
-    optimizer: MakeOptimizer | None,
-    progress: bool,
-) -> Plan:
-    """Check all arguments of `realign` before anything is changed."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    steps = whole_number(steps, "steps", at_least=0)
-    if not callable(loss):
-        raise TypeError(f"loss: expected a function of logits and targets, got {type(loss).__name__}")
-    tasks = as_tasks(tasks_or_batches, "tasks_or_batches") if steps else {}
-    streams = [
-        task.batches for task in tasks.values() if isinstance(task.batches, Iterator)
-    ]  # iter() would cost a DataLoader a draw
-    if len({id(stream) for stream in streams}) < len(streams):
-        raise InputError("tasks_or_batches: two tasks share one iterator, and would get every other batch of it")
-    trained, fixed = _choose(model, frozen, trainable, needed=steps > 0)
-    schedule = None
-    if optimizer is None:
-        half = [name for name, parameter in trained.items() if parameter.dtype in (torch.float16, torch.bfloat16)]
-        if half and steps:
-            raise InputError(
-                f"model: {half[0]!r} is {trained[half[0]].dtype}, in which small steps round to nothing; realign in "
-                "float32 (model.float(), and back afterwards), or give an `optimizer` that keeps float32 copies"
-            )
-        peak = 1e-4 if lr is None else finite_number(lr, "lr", positive=True)
-        decay = 0.0 if weight_decay is None else finite_number(weight_decay, "weight_decay")
-        share = 0.1 if warmup is None else finite_number(warmup, "warmup")
-        if decay < 0:
-            raise InputError(f"weight_decay: expected a number >= 0, got {decay}")
-        if not 0 <= share <= 1:
-            raise InputError(f"warmup: expected a share of the steps between 0 and 1, got {share}")
-        schedule = warmup_cosine(steps, share)
-
-        def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(parameters, lr=peak, weight_decay=decay)
-
-    elif not callable(optimizer):
-        raise TypeError(f"optimizer: expected a function parameters -> optimizer, got {type(optimizer).__name__}")
-    else:
-        given = {"lr": lr, "weight_decay": weight_decay, "warmup": warmup}
-        clash = [name for name, value in given.items() if value is not None]
-        if clash:
-            raise InputError(f"{', '.join(clash)}: belong to the default optimizer; give them to your own `optimizer`")
-    made = _made(optimizer, list(trained.values()), model) if steps else None
-    return Plan(model, tasks, steps, trained, fixed, loss, made, schedule, progress)
-
-
-def _made(optimizer: MakeOptimizer, parameters: list[nn.Parameter], model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer, which may train what it was handed and nothing else."""
-    with only_trained(parameters, model):
-        made = optimizer(parameters)
-    if not isinstance(made, torch.optim.Optimizer):
-        raise TypeError(f"optimizer: expected it to return a torch.optim.Optimizer, got {type(made).__name__}")
-    if isinstance(made, torch.optim.LBFGS):
-        raise TypeError("optimizer: LBFGS evaluates the loss on its own; expected one whose step() needs no closure")
-    handed = {id(parameter) for parameter in parameters}
-    if any(id(parameter) not in handed for group in made.param_groups for parameter in group["params"]):
-        raise InputError("optimizer: trains parameters that it was not handed, which may be frozen ones")
-    return made
-
-
-def _choose(
-    model: nn.Module, frozen: str | Iterable[str], trainable: str | Iterable[str] | None, *, needed: bool
-) -> tuple[dict[str, nn.Parameter], tuple[tuple[nn.Module, str], ...]]:
-    """The parameters to train by their first names, and where the buffers are that must keep their values."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    fixed = select_names([*parameters, *buffers], frozen, "frozen")
-    if trainable is None:
-        wanted = [name for name, parameter in parameters.items() if parameter.requires_grad]
-    else:
-        wanted = select_names(parameters, trainable, "trainable")
-    ids = {id(parameters[name]) for name in wanted} - {id(parameters[name]) for name in fixed if name in parameters}
-    trained = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in ids}
-    if not trained and needed:
-        raise InputError(
-            f"nothing to train: {len(wanted)} parameter names are trainable and all of them are frozen"
-            if wanted
-            else "nothing to train: no parameter has requires_grad; name some with `trainable`"
-        )
-    for name, parameter in trained.items():
-        if not parameter.is_floating_point():
-            raise TypeError(f"trainable: {name!r} is {parameter.dtype}, which has no gradient")
-    places = [name.rpartition(".")[::2] for name in fixed if name in buffers]
-    return trained, tuple((model.get_submodule(owner), last) for owner, last in places)
-
-
-def _endless(task: Task, name: str, device: torch.device | None) -> Iterator[tuple[Any, Any]]:
-    argument = f"tasks_or_batches[{name!r}]" if name else "tasks_or_batches"
-    while True:
-        yield from pairs(task.batches, argument, device)
-
-
-def _check_loss(value: Any, step: int, name: str) -> float:
-    of = f" of task {name!r}" if name else ""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"loss: expected a tensor, got {type(value).__name__}{of}")
-    if value.numel() != 1:
-        raise ShapeError(f"loss: expected one number, got shape {tuple(value.shape)}{of}; reduce it with a mean")
-    number = float(value.detach())
-    if not math.isfinite(number):
-        raise NonFiniteError(f"loss{of} is {number} in step {step}; the model has not been changed by this step")
-    if not value.requires_grad:
-        raise InputError(f"loss{of} does not depend on any of the parameters to train")
-    return number

@@ -1,0 +1,107 @@
+"""What saves a jammed fusion, on the testbed: every method under every condition, into one table.
+
+Results go line by line into a file; started again, a killed run goes on where it was, and several processes share the
+work (RANK=0 WORLD_SIZE=2 and RANK=1 WORLD_SIZE=2, or torchrun --nproc-per-node 2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from paper.protocol import TESTBED
+from paper.results import Results, Row, run
+from paper.world import Testbed, applied
+from rmtllmf.metrics import accuracy
+
+from .conditions import BLACK_BOX, KINDS
+from .methods import BOUNDS, METHODS, Stage
+from .table import draw, formatted
+
+HERE = Path(__file__).parent.parent
+
+
+def key_of(row: Row) -> str:
+    """The key of the job that gave a row."""
+    return "/".join([str(row["seed"]), row["kind"], row["condition"], row["method"]])
+
+
+class Experiment:
+    """Runs jobs, each of which is one model and its accuracies."""
+
+    def __init__(self, world: Testbed) -> None:
+        self.world = world
+        self.stage = lru_cache(maxsize=1)(lambda seed: Stage(world, world.protocol, seed))
+
+    def jobs(self, seeds: Sequence[int]) -> list[tuple[str, partial[Row]]]:
+        """All of them."""
+        found = []
+        for seed in seeds:
+            rows = [("bound", "", name) for name in ("individual", *BOUNDS)]
+            rows += [
+                (kind, condition, name)
+                for kind in KINDS
+                for condition in BLACK_BOX
+                for name, method in METHODS.items()
+                if kind in method.kinds
+            ]
+            for kind, condition, name in rows:
+                row = {"seed": seed, "kind": kind, "condition": condition, "method": name}
+                found.append((key_of(row), partial(self.run, row)))
+        return found
+
+    def run(self, row: Row) -> Row:
+        """The row with its accuracies."""
+        stage, name = self.stage(row["seed"]), row["method"]
+        if name == "individual":
+            models = [applied(vector, self.world.base) for vector in stage.sent]
+        elif row["kind"] == "bound":
+            models = [BOUNDS[name](stage)] * len(stage.sent)
+        else:
+            method = METHODS[name]
+            models = [method.make(stage, method.heard(stage, row["kind"], row["condition"]))] * len(stage.sent)
+        tasks = self.world.protocol.tasks
+        return row | {"accuracy": {task: self.accuracy(model, task) for task, model in zip(tasks, models, strict=True)}}
+
+    def accuracy(self, model: nn.Module, task: str) -> float:
+        """On the task's test pictures."""
+        return accuracy(model, self.world.test(task), head=self.world.arena(task).head)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is not in the file yet, and report."""
+    parser = argparse.ArgumentParser(prog="python -m protection", description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--results", type=Path, metavar="FILE", default=HERE / "out" / "protection.jsonl")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="default: beside the results")
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", default=HERE / ".cache" / "paper")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    options = parser.parse_args(arguments)
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    torch.set_num_threads(1)  # for the same last bits
+    protocol = replace(TESTBED, seeds=tuple(options.seeds))
+    world = Testbed(protocol, options.cache)
+    world.progress = not options.quiet
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    results = Results(options.results, protocol.identity() | {"base": world.identity()}, key=key_of)
+    experiment = Experiment(world)
+    run(experiment.jobs(options.seeds), results, rank=rank, world=size, progress=not options.quiet and rank == 0)
+    if rank == 0:
+        rows = [row for row in results.rows() if row["seed"] in options.seeds]
+        folder = options.figures or options.results.with_suffix("")
+        folder.mkdir(parents=True, exist_ok=True)
+        text = formatted(rows)
+        print(text)
+        (folder / "table.txt").write_text(text + "\n")
+        print(f"figure: {draw(rows, folder)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""From rows to the table and its figure: normalised accuracies, means over seeds with 95 % intervals."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+from .conditions import BLACK_BOX, KINDS
+from .methods import BOUNDS, METHODS
+
+Row = dict[str, Any]
+TITLES = {"black_box": "Black box (white noise)", "link": "Whole link (peak scaling, unaware receiver, or as said)"}
+
+
+def normalised(rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[int, float]]:
+    """(kind, condition, method) -> seed -> the mean over tasks of accuracy relative to the task's own model, in %."""
+    rows = list(rows)
+    own = {row["seed"]: row["accuracy"] for row in rows if row["method"] == "individual"}
+    found: dict[tuple[str, str, str], dict[int, float]] = {}
+    for row in rows:
+        reference = own.get(row["seed"])
+        if reference is not None:
+            ratios = [row["accuracy"][task] / reference[task] for task in reference]
+            key = (row["kind"], row["condition"], row["method"])
+            found.setdefault(key, {})[row["seed"]] = 100 * statistics.fmean(ratios)
+    return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half the width of its 95 % interval by Student's t; infinite for a single value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, math.inf
+    return mean, float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def formatted(rows: Sequence[Row]) -> str:
+    """All tables as text."""
+    found = normalised(rows)
+    seeds = sorted({row["seed"] for row in rows})
+    lines = [f"normalised accuracy, %: mean over seeds {seeds} and half the width of its 95 % interval", ""]
+    for name in BOUNDS:
+        lines.append(f"{name:32}{_cell(found.get(('bound', '', name)))}")
+    for kind in KINDS:
+        lines += ["", TITLES[kind], f"{'':32}" + "".join(f"{_heading(kind, condition):>22}" for condition in BLACK_BOX)]
+        for name, method in METHODS.items():
+            if kind in method.kinds:
+                cells = [_cell(found.get((kind, condition, name))) for condition in BLACK_BOX]
+                label = name + ("" if method.data else "  (no data)")
+                lines.append(f"{label:40}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Row], folder: Path) -> Path:
+    """The table as a picture: a dot a method with its interval, bounds as lines."""
+    import matplotlib.pyplot as plt
+
+    found = normalised(rows)
+    figure, axes = plt.subplots(2, 3, figsize=(13, 9), sharex=True, layout="constrained")
+    for i, kind in enumerate(KINDS):
+        names = [name for name, method in METHODS.items() if kind in method.kinds]
+        for ax, condition in zip(axes[i], BLACK_BOX, strict=True):
+            for y, name in enumerate(reversed(names)):
+                values = list(found.get((kind, condition, name), {}).values())
+                if values:
+                    mean, half = interval(values)
+                    colour = "tab:blue" if METHODS[name].data else "tab:orange"
+                    ax.errorbar(mean, y, xerr=half if math.isfinite(half) else None, fmt="o", color=colour, capsize=3)
+            for name, style in (("base", ":"), ("base realigned", "-."), ("clean", "--"), ("clean realigned", "-")):
+                values = list(found.get(("bound", "", name), {}).values())
+                if values:
+                    ax.axvline(statistics.fmean(values), color="grey", linestyle=style, label=name)
+            ax.set_yticks(range(len(names)), list(reversed(names)) if condition == "ideal" else [""] * len(names))
+            ax.set_title(_heading(kind, condition))
+            ax.set_xlim(0, 100)
+            ax.grid(axis="x", alpha=0.3)
+        axes[i][1].set_xlabel("normalised accuracy (%)")
+    axes[0][0].errorbar([], [], fmt="o", color="tab:orange", label="no data")
+    axes[0][0].errorbar([], [], fmt="o", color="tab:blue", label="10 shots a class")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    path = folder / "protection.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _heading(kind: str, condition: str) -> str:
+    name = condition.replace("_", " ")
+    return f"{BLACK_BOX[condition]:g} dB" if kind == "black_box" else name
+
+
+def _cell(values: dict[int, float] | None) -> str:
+    if not values:
+        return "-"
+    mean, half = interval(list(values.values()))
+    return f"{mean:.1f}" + (f" ± {half:.1f}" if math.isfinite(half) else "")
