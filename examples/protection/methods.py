@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,11 +17,14 @@ from paper.world import World
 from rmtllmf.resilience import (
     embedding_keys,
     joint_shrink,
+    low_rank_code,
     measured_sensitivity,
     mse_optimal_weights,
     protect,
     realign,
+    repetitions,
     resilient_fusion,
+    restore,
     shrink,
     spectral_shrink,
 )
@@ -49,9 +52,17 @@ class Stage:
         picture, _ = self.world.arena(self.protocol.tasks[0]).test[0]
         return [torch.randn(PROBES, *picture.shape, generator=torch.Generator().manual_seed(self.seed))]
 
-    def shots(self) -> dict[str, Any]:
-        """The same few labelled pictures of every class of every task, for every method."""
-        return self.world.shots(self.protocol.tasks, self.protocol.shots, self.seed)
+    def shots(self, *, seen: bool = True) -> dict[str, Any]:
+        """The same few labelled pictures of every class of every task, for every method.
+
+        `protect` looks at all of them once before it realigns. So that all realign on the same batches in the same
+        order, the others' have been `seen` once, too.
+        """
+        shots = self.world.shots(self.protocol.tasks, self.protocol.shots, self.seed)
+        for _, batches in shots.values() if seen else ():
+            for _ in batches:
+                pass
+        return shots
 
     def model(self, update: Mapping[str, Tensor] | None = None) -> nn.Module:
         """The base model, plus an update."""
@@ -74,6 +85,7 @@ class Method:
         data: whether it takes the labelled pictures.
         kinds: of conditions that it is for.
         scaled, aware: of the whole link; see `link`.
+        times: as often every number is sent in the channel uses of the vectors: low-rank codes of them.
     """
 
     make: Callable[[Stage, Heard], nn.Module]
@@ -81,12 +93,23 @@ class Method:
     kinds: tuple[str, ...] = KINDS
     scaled: str = "peak"
     aware: bool = False
+    times: int = 1
 
     def heard(self, stage: Stage, kind: str, condition: str) -> Heard:
         """What the base station holds."""
         if kind == "black_box":
             return black_box(stage.sent, condition, stage.seed)
-        return link(stage.protocol, stage.sent, condition, stage.seed, scaled=self.scaled, aware=self.aware)
+        how: dict[str, Any] = {"scaled": self.scaled, "aware": self.aware, "times": self.times}
+        if self.times == 1:
+            return link(stage.protocol, stage.sent, condition, stage.seed, **how)
+        kept = set(embedding_keys(stage.world.base))
+        matrices = [name for name, tensor in stage.sent[0].items() if tensor.ndim == 2 and name not in kept]
+        codes = [low_rank_code(vector, ratio=1 / self.times, only=matrices) for vector in stage.sent]
+        assert all(repetitions(code, vector) >= self.times for code, vector in zip(codes, stage.sent, strict=True))
+        heard = link(stage.protocol, [code.sent for code in codes], condition, stage.seed, **how)
+        better = joint_shrink(heard.vectors, heard.reception, scale=heard.scale)
+        decoded = [code.decode(numbers) for code, numbers in zip(codes, better, strict=True)]
+        return replace(heard, vectors=decoded)
 
 
 def unprotected(stage: Stage, heard: Heard) -> nn.Module:
@@ -128,6 +151,13 @@ def weighted(stage: Stage, heard: Heard) -> nn.Module:
     return stage.model(task_arithmetic(heard.vectors, scale, weights=[float(weight) for weight in weights]))
 
 
+def restored(stage: Stage, heard: Heard) -> nn.Module:
+    """Task arithmetic, and the base model's embeddings; no data."""
+    model = unprotected(stage, heard)
+    model.load_state_dict(restore(model, stage.world.base, sorted(embedding_keys(model))))
+    return model
+
+
 def realigned(stage: Stage, heard: Heard, *, make: Callable[[Stage, Heard], nn.Module]) -> nn.Module:
     """Another method's model after realignment."""
     return stage.realigned(make(stage, heard))
@@ -142,7 +172,7 @@ def protected(stage: Stage, heard: Heard, *, data: bool) -> nn.Module:
             stage.world.base,
             heard.vectors,
             heard.reception,
-            stage.shots() if data else None,
+            stage.shots(seen=False) if data else None,
             seed=stage.seed,
             scale=heard.scale,
             inputs=None if data else stage.noise,
@@ -172,9 +202,13 @@ METHODS: dict[str, Method] = {
     "protect": Method(partial(protected, data=False)),
     "shrink, realigned": Method(partial(realigned, make=partial(estimated, by=shrink)), data=True),
     "protect, 10 shots": Method(partial(protected, data=True), data=True),
+    "aware": Method(unprotected, kinds=("link",), aware=True),
+    "restored": Method(restored),
+    "realigned": Method(partial(realigned, make=unprotected), data=True),
+    "low rank": Method(unprotected, kinds=("link",), times=8),
     "rms": Method(unprotected, **_better),
     "rms, aware": Method(unprotected, aware=True, **_better),
     "rms, aware, protect": Method(partial(protected, data=False), aware=True, **_better),
     "rms, aware, protect, 10 shots": Method(partial(protected, data=True), data=True, aware=True, **_better),
 }
-"""Methods in the order of the table; from "rms" on the sender, and then the receiver, does better too."""
+"""Methods in the order of the table; from "aware" on receiver and sender do better too, where it is said."""

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from .._arrays import ArrayLike
 from .._random import Seed, seed_number
 from .._state import StateLike, Tensors
-from .._tasks import Tasks, as_tasks, pairs
+from .._tasks import Head, Tasks, as_tasks, pairs
 from ..channel import Reception
 from ..errors import InputError
 from ..taskvec import TaskVector, task_arithmetic
@@ -40,6 +40,10 @@ class TensorReport:
         signal: mean square of what was sent, as estimated.
         noise: mean square of the error in what was received (per unit of gain).
         kept: norm of the estimates relative to that of what was received; 0: restored from the base model.
+
+    Example:
+        >>> print(TensorReport(signal=1.0, noise=100.0, kept=0.01))  # SNR in dB, and what is kept
+            -20.0  0.010
     """
 
     signal: float
@@ -64,6 +68,20 @@ class Protection:
         scale: what the fused update was multiplied by, beside the rule's own scale: 1 without samples to choose it on.
         update: the fused update, before realignment.
         realignment: None without samples.
+
+    Example:
+        >>> import torch
+        >>> from rmtllmf.channel import transmit
+        >>> model, draw = torch.nn.Linear(64, 64), torch.Generator().manual_seed(0)
+        >>> base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        >>> sent = [{"weight": torch.randn(64, 64, generator=draw), "bias": torch.zeros(64)} for _ in range(4)]
+        >>> protect(model, base, transmit(sent, 1.0, seed=1), 1.0, seed=0)
+        Protection of 4 users' task vectors
+          2 tensors kept, 0 as good as restored from the base
+            tensor   SNR (dB)   kept
+            weight        0.1  0.503
+            bias        -11.2  0.070
+          the update times 1
     """
 
     users: tuple[int, ...]
@@ -97,6 +115,8 @@ class Protection:
 
 _SHOWN = 5  # tensors at each end of a long list
 _RESTORED = 0.01
+_SCALES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # large ones where the sensitivity could not be measured
+_REFINEMENTS = 4
 
 
 def protect(
@@ -183,11 +203,11 @@ def protect(
         reception, scale = _of_users(reception, users), _scale_of(scale, users)
     known = KnownNoise.of(heard, reception, estimator=estimator, scale=scale)
     energy = energy_of(known)
-    tasks = None if tasks_or_batches is None else as_tasks(tasks_or_batches, "tasks_or_batches")
+    samples = None if tasks_or_batches is None else _seen(tasks_or_batches)
     measured = None
     if sensitivity is None:
-        if inputs is None and tasks is not None:
-            inputs = [next(pairs(task.batches, f"tasks_or_batches[{name!r}]"))[0] for name, task in tasks.items()]
+        if inputs is None and samples is not None:
+            inputs = [batches[0][0] for _, batches in samples.values()]
         if inputs is not None:
             load(model, base)
             measured = measured_sensitivity(
@@ -198,8 +218,9 @@ def protect(
     fused = rule([vector if isinstance(vector, TaskVector) else TaskVector(vector) for vector in estimates])
     update = fused if isinstance(fused, TaskVector) else TaskVector(fused)
     factor = 1.0
-    if tasks_or_batches is not None and search:
-        factor = search_scale(model, base, update, tasks_or_batches, loss=loss).scale
+    if samples is not None and search:
+        given: Any = {name: batches if head is None else (head, batches) for name, (head, batches) in samples.items()}
+        factor = search_scale(model, base, update, given, scales=_SCALES, refinements=_REFINEMENTS, loss=loss).scale
     done = resilient_fusion(
         model,
         base,
@@ -221,6 +242,14 @@ def protect(
         update,
         None if tasks_or_batches is None else done,
     )
+
+
+def _seen(tasks_or_batches: Tasks) -> dict[str, tuple[Head | None, list[Any]]]:
+    """The batches of one pass, kept: they may come in another order the next time."""
+    return {
+        name: (task.head, list(pairs(task.batches, f"tasks_or_batches[{name!r}]" if name else "tasks_or_batches")))
+        for name, task in as_tasks(tasks_or_batches, "tasks_or_batches").items()
+    }
 
 
 def _reports(

@@ -32,6 +32,10 @@ class MeasuredSensitivity:
     Attributes:
         ratio: :math:`\kappa`, the estimate; may be negative where noise hides what was sent.
         error: its standard error.
+
+    Example:
+        >>> MeasuredSensitivity(ratio=20.0, error=3.0).lower, MeasuredSensitivity(ratio=9.0, error=30.0).lower
+        (17.0, 1.0)
     """
 
     ratio: float

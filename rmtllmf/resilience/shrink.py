@@ -119,8 +119,8 @@ def shrunk(known: KnownNoise, signal: list[dict[str, Tensor]], kappa: Mapping[st
                 wide = given[cut] if given.dtype.itemsize >= 4 else given[cut].float()
                 out[cut] = (wide * factor.to(wide)).to(out.dtype)
             flat[key] = out
-        result.append(known.stream.formed(q, flat))
-    return result
+        result.append(flat)
+    return known.stream.rebuilt(result)
 
 
 def _signal(known: KnownNoise, by: By) -> list[dict[str, Tensor]]:

@@ -39,6 +39,8 @@ class Suspicion:
         false_alarm: as it was asked for.
 
     Example:
+        >>> import math
+        >>> import torch
         >>> bomb = {"w": torch.tensor([1.0, math.nan])}
         >>> suspects([{"w": torch.tensor([1.0, 2.0])}, bomb], [0.1, 0.1]).reasons
         {1: '1 entries are not finite'}

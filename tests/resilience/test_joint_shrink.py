@@ -50,7 +50,7 @@ def random_psd(users, rank, seed, level=1.0):
 @pytest.mark.parametrize("estimator", ["additive", "mmse", "unbiased"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_risk_is_the_closed_form(estimator, seed):
-    """Unit energies, unrelated signals: tr (I + D V^-1 D)^-1 a symbol within 5 standard errors, and 0.5 % for estimates."""
+    """Unit energies, unrelated signals: tr (I + D V^-1 D)^-1 within 5 standard errors, and 0.5 % for estimates."""
     heard_as, symbols = attacked(seed), 15_000
     sent = independent(6, {"w": 2 * symbols}, seed=seed)
     V = torch.as_tensor(heard_as.error_covariance if estimator == "additive" else heard_as.noise_covariance)
@@ -126,7 +126,10 @@ def test_one_user_is_shrink():
     received = transmit(sent, [[0.5], [2.0]], seed=1)
     for key in "ab":
         torch.testing.assert_close(
-            joint_shrink(received, [[0.5], [2.0]])[0][key], shrink(received, [[0.5], [2.0]])[0][key], rtol=1e-9, atol=1e-12
+            joint_shrink(received, [[0.5], [2.0]])[0][key],
+            shrink(received, [[0.5], [2.0]])[0][key],
+            rtol=1e-9,
+            atol=1e-12,
         )
 
 
@@ -260,6 +263,46 @@ def test_the_error_is_never_above_that_of_shrink(users, rank, snr, share, shapes
     assert error(joint, sent) <= 1.04 * error(alone, sent)
 
 
+def unlike(users, tensors, size, share, seed):
+    """Energies from -30 to 10 dB, tensor by tensor and user by user, with a common part."""
+    common, energy = (
+        normal(tensors, size, seed=seed),
+        10 ** (4 * np.random.default_rng(seed).random((users, tensors)) - 3),
+    )
+    own = [normal(tensors, size, seed=[seed, q]) for q in range(users)]
+    mixed = [share**0.5 * common + (1 - share) ** 0.5 * x for x in own]
+    return [{f"w{k}": energy[q, k] ** 0.5 * x[k] for k in range(tensors)} for q, x in enumerate(mixed)]
+
+
+@given(
+    users=st.integers(1, 6),
+    snr=st.floats(-20, 20),
+    share=st.sampled_from([0.0, 0.5, 1.0]),
+    size=st.sampled_from([201, 500]),
+    seed=st.integers(0, 2**20),
+)
+@settings(max_examples=30)
+def test_nor_for_energies_of_all_kinds(users, snr, share, size, seed):
+    """But for 4 %, and 2 % of the noise's energy."""
+    sent = unlike(users, 3, size, share, seed)
+    noise = reception(random_psd(users, users + 2, seed, level=10 ** (-snr / 10)))
+    received = transmit(sent, noise, seed=seed, scale=1.0)
+    joint, alone = joint_shrink(received, noise, scale=1.0), shrink(received, noise, scale=1.0)
+    assert error(joint, sent) <= 1.04 * error(alone, sent) + 0.02 * error(received, sent)
+
+
+@pytest.mark.xfail(strict=True, reason="correlations are believed to be 1 that are not known so well")
+def test_nor_where_some_directions_are_without_noise():
+    """A singular covariance: wrong correlations must not blow up what is known exactly. In the sum of ten draws."""
+    sums = np.zeros(2)
+    for seed in range(10):
+        sent = unlike(8, 4, 50, 0.9, seed)
+        noise = reception(random_psd(8, 4, seed, level=15.0))
+        received = transmit(sent, noise, seed=seed, scale=1.0)
+        sums += [error(f(received, noise, scale=1.0), sent) for f in (joint_shrink, shrink)]
+    assert sums[0] <= 1.04 * sums[1]
+
+
 # Sensitivity, equivariance, forms
 
 
@@ -340,7 +383,12 @@ BAD = {
     "estimator": ((GOOD, PAIR), {"estimator": "best"}, InputError, "estimator: expected one of"),
     "scale": ((GOOD, PAIR), {"scale": "tensor_peak"}, InputError, "scale: the peak"),
     "sensitivity 0": ((GOOD, PAIR), {"sensitivity": 0}, InputError, "sensitivity: expected a positive finite number"),
-    "sensitivity name": ((GOOD, PAIR), {"sensitivity": {"v*": 2}}, InputError, re.escape("sensitivity: 'v*' matches none")),
+    "sensitivity name": (
+        (GOOD, PAIR),
+        {"sensitivity": {"v*": 2}},
+        InputError,
+        re.escape("'v*' matches none"),
+    ),
     "NaN": ((NAN, [0.1]), {"scale": 1.0}, NonFiniteError, re.escape("received[0]['w'] holds NaN")),
     "overflow": (
         ([{"w": torch.full((40, 4), 6e4, dtype=torch.float16)}], reception([[0.1]], torch.tensor([0.01]))),

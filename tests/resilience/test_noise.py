@@ -50,7 +50,9 @@ def block_of(position, length, blocks):
 
 def by_position(known, what):
     """One value a coefficient of the stream, from the parts."""
-    return [what(key, part) for key in known.stream.keys for part in known.parts[key] for _ in range(part.start, part.stop)]
+    return [
+        what(key, part) for key in known.stream.keys for part in known.parts[key] for _ in range(part.start, part.stop)
+    ]
 
 
 @pytest.mark.parametrize("estimator", ["additive", "mmse", "unbiased"])
@@ -63,7 +65,13 @@ def test_gains_covariances_and_imaginary_parts_are_those_of_the_errors(estimator
     reception = {
         "one block": lambda: attacked(1),
         "three blocks": lambda: attacked(3),
-        "MSEs in blocks": lambda: [[0.5, 0.1, 0.8], [0.0, 0.3, 0.2], [0.9, 0.7, 0.05], [0.2, 0.2, 0.2], [0.4, 0.6, 0.3]],
+        "MSEs in blocks": lambda: [
+            [0.5, 0.1, 0.8],
+            [0.0, 0.3, 0.2],
+            [0.9, 0.7, 0.05],
+            [0.2, 0.2, 0.2],
+            [0.4, 0.6, 0.3],
+        ],
     }[noise]()
     scale = [float(flat(vector).square().mean().sqrt()) for vector in sent]
     true = torch.stack([flat(vector) for vector in sent])
@@ -174,7 +182,8 @@ def test_one_scale_for_all_or_one_for_each():
 def test_ties_are_sent_once_and_nothing_else_is_noisy():
     shared = [torch.arange(5.0) + q for q in range(2)]
     received = [
-        {"z.head": x, "embed": x, "w": x + 1, "steps": torch.tensor(3), "bn.running_mean": torch.ones(4)} for x in shared
+        {"z.head": x, "embed": x, "w": x + 1, "steps": torch.tensor(3), "bn.running_mean": torch.ones(4)}
+        for x in shared
     ]
     known = KnownNoise.of(received, [[0.1, 0.2], [0.3, 0.4]], scale=1.0)
     assert known.stream.keys == ["embed", "w"]
@@ -198,7 +207,12 @@ BAD = {
     "scale inf": ((GOOD, MSE), {"scale": math.inf}, InputError, "scale: expected a positive finite number"),
     "one of the scales": ((GOOD, MSE), {"scale": [1, -1, 1]}, InputError, re.escape("scale[1]: expected a positive")),
     "two scales": ((GOOD, MSE), {"scale": [1, 1]}, ShapeError, "one number for each of 3 users, got 2"),
-    "scales in rows": ((GOOD, MSE), {"scale": np.ones((3, 1))}, TypeError, re.escape("scale[0]: expected a real number")),
+    "scales in rows": (
+        (GOOD, MSE),
+        {"scale": np.ones((3, 1))},
+        TypeError,
+        re.escape("scale[0]: expected a real"),
+    ),
     "scale of a wrong type": ((GOOD, MSE), {"scale": None}, TypeError, "scale: expected a real number, got NoneType"),
     "estimator": ((GOOD, MSE), {"estimator": "best"}, InputError, "estimator: expected one of"),
     "users": ((GOOD, [0.1, 0.2]), {}, ShapeError, "for 3 vectors"),

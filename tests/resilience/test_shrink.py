@@ -89,9 +89,8 @@ def test_energies_are_unbiased_with_the_error_that_they_tell(estimator):
     mse, sizes = [[0.3, 0.6], [0.9, 0.5]], {"a": 301, "b": 700}
     measured, told = [], []
     for seed in range(100):
-        draw = np.random.default_rng(seed)
         sent = [
-            {key: torch.from_numpy((0.5 + q) * draw.standard_normal(size)) for key, size in sizes.items()} for q in (0, 1)
+            {key: (0.2 + 0.1 * q) * normal(size, seed=[seed, q, size]) for key, size in sizes.items()} for q in (0, 1)
         ]
         received = transmit(sent, mse, seed=seed, estimator=estimator, scale=1.0)
         found = energy_of(KnownNoise.of(received, mse, estimator=estimator, scale=1.0))
@@ -99,9 +98,18 @@ def test_energies_are_unbiased_with_the_error_that_they_tell(estimator):
         told.append(found.error)
     measured, told = torch.stack(measured), torch.stack(told).mean(0)
     assert found.keys == ["a", "b"]
-    true = torch.tensor([[0.25, 0.25], [2.25, 2.25]], dtype=torch.float64)
+    true = torch.tensor([[0.04, 0.04], [0.09, 0.09]], dtype=torch.float64)
     assert bool(((measured.mean(0) - true).abs() <= 4 * (told / 100).sqrt()).all())
     assert bool(((measured.std(0) / told.sqrt() - 1).abs() <= 0.22).all())
+
+
+@pytest.mark.xfail(strict=True, reason="errors of energies are told as 2 v^2 / n where there is no noise")
+def test_energies_without_noise_are_exact():
+    received = [{"a": torch.full((3,), 5.0), "b": normal(700, seed=q), "c": torch.zeros(9)} for q in range(2)]
+    found = energy_of(KnownNoise.of(received, [0.0, 0.0]))
+    for q, vector in enumerate(received):
+        for key in vector:
+            assert float(found.of(key)[q]) == pytest.approx(float(vector[key].double().square().mean()), rel=1e-6)
 
 
 @given(
@@ -115,7 +123,9 @@ def test_energies_are_unbiased_with_the_error_that_they_tell(estimator):
     seed=st.integers(0, 2**20),
 )
 @settings(max_examples=60)
-def test_the_error_is_never_above_that_of_what_was_received(users, tensors, profile, sizes, snr, estimator, scale, seed):
+def test_the_error_is_never_above_that_of_what_was_received(
+    users, tensors, profile, sizes, snr, estimator, scale, seed
+):
     """But for 3 % of the noise's energy and the noise of ten coefficients, for one draw."""
     energies = {
         "equal": np.ones((users, tensors)),
@@ -177,7 +187,7 @@ def test_factors_never_amplify():
 
 def test_users_help_one_another():
     """Small tensors deep in noise: with eight users the error comes nearer to who knows the energies."""
-    energies, mse, size = [[0.4, 0.02] * 4], 4.0, 30
+    energies, mse, size = [[6.0, 0.05] * 4], 4.0, 20
     alone = together = best = 0.0
     for seed in range(12):
         sent = gaussian(energies * 8, size, seed)
@@ -196,7 +206,8 @@ def test_users_help_one_another():
 @pytest.mark.parametrize("by", ["tensor", "vector", "row"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_without_noise_the_bits_come_back(by, dtype):
-    received = [{"w": normal(4, 5, seed=q).to(dtype), "zero": torch.zeros(3, dtype=dtype)} for q in range(2)]
+    tiny = torch.full((3,), torch.finfo(torch.float64).tiny if dtype == torch.float64 else 0.0, dtype=dtype)
+    received = [{"w": normal(4, 5, seed=q).to(dtype), "no energy": tiny} for q in range(2)]
     for scale in ("rms", "tensor_rms", 3.0):
         for vector, found in zip(received, shrink(received, [0.0, 0.0], scale=scale, by=by), strict=True):
             assert all(torch.equal(found[key], vector[key]) for key in vector)
@@ -214,7 +225,9 @@ def test_of_pure_noise_nearly_nothing_is_left(by):
     """In the mean of 10 draws less than 1 % of the energy, for four users of some hundred coefficients."""
     left = total = 0.0
     for seed in range(10):
-        received = [{key: 2 * normal(12, 20, seed=100 * seed + 2 * q + k) for k, key in enumerate("ab")} for q in range(4)]
+        received = [
+            {key: 2 * normal(12, 20, seed=100 * seed + 2 * q + k) for k, key in enumerate("ab")} for q in range(4)
+        ]
         found = shrink(received, [4.0] * 4, scale=1.0, by=by)
         left += sum(float(vector[key].square().sum()) for vector in found for key in vector)
         total += sum(float(vector[key].square().sum()) for vector in received for key in vector)
@@ -333,7 +346,8 @@ def test_sensitivity_by_names_and_globs():
 def test_order_and_units_do_not_matter(by, scale):
     mse = [0.9, 0.4, 0.6]
     received = [
-        {"a": normal(7, 3, seed=q), "b": 0.1 * normal(40, seed=q + 9), "c": 9 * normal(2, 2, seed=q + 5)} for q in range(3)
+        {"a": normal(7, 3, seed=q), "b": 0.1 * normal(40, seed=q + 9), "c": 9 * normal(2, 2, seed=q + 5)}
+        for q in range(3)
     ]
     plain = shrink(received, mse, scale=scale, by=by)
     order = [2, 0, 1]
@@ -343,7 +357,9 @@ def test_order_and_units_do_not_matter(by, scale):
             torch.testing.assert_close(vector[key], plain[q][key], rtol=1e-9, atol=0)
     backwards = shrink([dict(reversed(vector.items())) for vector in received], mse, scale=scale, by=by)
     assert list(backwards[0]) == ["c", "b", "a"]
-    renamed = shrink([{f"{9 - i}{k}": t for i, (k, t) in enumerate(v.items())} for v in received], mse, scale=scale, by=by)
+    renamed = shrink(
+        [{f"{9 - i}{k}": t for i, (k, t) in enumerate(v.items())} for v in received], mse, scale=scale, by=by
+    )
     for unit in (1e-12, 1e9):
         bigger = shrink([{k: unit * t for k, t in v.items()} for v in received], mse, scale=scale, by=by)
         for a, b in zip(plain, bigger, strict=True):
@@ -369,7 +385,9 @@ def test_forms_ties_and_what_is_carried(by):
     received = [{"head": x, "embed": x, "scalar": x[0, 0].clone(), **extra} for x in tied]
     before = [{key: tensor.clone() for key, tensor in vector.items()} for vector in received]
     found = shrink(received, [[0.5, 0.6], [0.7, 0.8]], scale=1.0, by=by)
-    alone = shrink([{"embed": v["embed"], "scalar": v["scalar"]} for v in received], [[0.5, 0.6], [0.7, 0.8]], scale=1.0, by=by)
+    alone = shrink(
+        [{"embed": v["embed"], "scalar": v["scalar"]} for v in received], [[0.5, 0.6], [0.7, 0.8]], scale=1.0, by=by
+    )
     for vector, was, given_, single in zip(found, before, received, alone, strict=True):
         assert type(vector) is dict
         assert list(vector) == list(given_)
@@ -390,13 +408,14 @@ def test_forms_ties_and_what_is_carried(by):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("by", ["tensor", "vector", "row"])
 def test_dtypes_are_kept_and_statistics_are_in_float64(dtype, by):
+    rounding = (0.501 if dtype.itemsize < 4 else 1.0) * torch.finfo(dtype).eps  # rounded once
     received = [{"w": (3 * normal(20, 30, seed=q)).to(dtype), "d": normal(9, seed=q)} for q in range(2)]
     found = shrink(received, [0.8, 0.5], scale=2.0, by=by)
     exact = shrink([{k: t.double() for k, t in v.items()} for v in received], [0.8, 0.5], scale=2.0, by=by)
     for a, b in zip(found, exact, strict=True):
         assert a["w"].dtype == dtype
         assert a["d"].dtype == torch.float64
-        torch.testing.assert_close(a["w"].double(), b["w"], rtol=torch.finfo(dtype).eps, atol=1e-7)
+        torch.testing.assert_close(a["w"].double(), b["w"], rtol=rounding, atol=1e-7)
         torch.testing.assert_close(a["d"], b["d"], rtol=1e-12, atol=0)
     strided = [{"w": v["w"].T.contiguous().T, "d": v["d"].repeat_interleave(2)[::2]} for v in received]
     for a, b in zip(found, shrink(strided, [0.8, 0.5], scale=2.0, by=by), strict=True):
@@ -421,10 +440,26 @@ BAD = {
     "sensitivity 0": ((GOOD, PAIR), {"sensitivity": 0}, InputError, "sensitivity: expected a positive finite number"),
     "sensitivity inf": ((GOOD, PAIR), {"sensitivity": math.inf}, InputError, "sensitivity: expected a positive"),
     "sensitivity type": ((GOOD, PAIR), {"sensitivity": "big"}, TypeError, "sensitivity: expected a real number"),
-    "sensitivity of": ((GOOD, PAIR), {"sensitivity": {"w": -1}}, InputError, re.escape("sensitivity['w']: expected a pos")),
-    "sensitivity name": ((GOOD, PAIR), {"sensitivity": {"v*": 2}}, InputError, re.escape("sensitivity: 'v*' matches none")),
+    "sensitivity of": (
+        (GOOD, PAIR),
+        {"sensitivity": {"w": -1}},
+        InputError,
+        re.escape("sensitivity['w']: expected"),
+    ),
+    "sensitivity name": (
+        (GOOD, PAIR),
+        {"sensitivity": {"v*": 2}},
+        InputError,
+        re.escape("'v*' matches none"),
+    ),
     "NaN": ((NAN, [0.1]), {"scale": 1.0}, NonFiniteError, re.escape("received[0]['w'] holds NaN")),
     "NaN, measured": ((NAN, [0.1]), {}, NonFiniteError, re.escape("received[0]['w'] holds NaN")),
+    "overflow": (
+        ([{"w": torch.full((4, 4), 6e4, dtype=torch.float16)}], [0.9]),
+        {"scale": 1.0, "estimator": "mmse"},
+        NonFiniteError,
+        "overflow torch.float16",
+    ),
     "complex": (([{"w": torch.eye(2) + 0j}], [0.1]), {}, TypeError, "complex"),
     "blocks": (([{"w": torch.eye(2)}], [[0.1]] * 3), {}, InputError, "3 blocks are more than the 2 symbols"),
 }

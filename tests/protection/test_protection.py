@@ -1,0 +1,175 @@
+"""The comparison of protections: what is compared is what it says, and the table is right."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import protection.__main__ as command
+import pytest
+import torch
+from open_clip.transformer import VisionTransformer
+from protection.conditions import BLACK_BOX, KINDS, black_box, link
+from protection.methods import BOUNDS, METHODS, Stage
+from protection.table import draw, formatted, interval, normalised
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from paper.protocol import TESTBED
+from paper.uplink import received, reception
+from paper.world import Arena, World
+from rmtllmf.metrics import snr_db
+from rmtllmf.resilience import channel_uses, low_rank_code
+from rmtllmf.taskvec import TaskVector
+
+PROTOCOL = replace(
+    TESTBED, tasks=tuple("abcdefgh"), blocks=2, realignment_steps=2, realignment_batch=4, shots=2, reference="30"
+)
+
+
+class Toy(World):
+    """Eight random tasks of a tiny vision transformer."""
+
+    @property
+    def base(self):
+        if not hasattr(self, "_base"):
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                self._base = VisionTransformer(8, 4, 32, 1, 2, 2.0, output_dim=8).eval()
+        return self._base
+
+    def load(self, name):
+        source = torch.Generator().manual_seed(ord(name))
+        head = nn.Linear(8, 3, bias=False).requires_grad_(False)
+        head.weight.copy_(torch.randn(3, 8, generator=source))
+        images = torch.randn(24, 3, 8, 8, generator=source)
+        labels = torch.arange(24) % 3
+        return Arena(head, TensorDataset(images[:12], labels[:12]), TensorDataset(images[12:], labels[12:]))
+
+    def vectors(self, seed):
+        source = torch.Generator().manual_seed(seed)
+        names = self.base.state_dict()
+        return [
+            TaskVector({k: 0.05 * torch.randn(t.shape, generator=source) for k, t in names.items()})
+            for _ in self.protocol.tasks
+        ]
+
+    def identity(self):
+        return "toy"
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return Stage(Toy(PROTOCOL, tmp_path), PROTOCOL, 0)
+
+
+@pytest.mark.parametrize("condition", BLACK_BOX)
+def test_the_black_box_has_the_papers_signal_to_noise_ratio(stage, condition):
+    heard = black_box(stage.sent, condition, 0)
+    found = [snr_db(before, after) for before, after in zip(stage.sent, heard.vectors, strict=True)]
+    size = sum(tensor.numel() for tensor in stage.sent[0].values())
+    assert found == pytest.approx([BLACK_BOX[condition]] * 8, abs=5 * 10 / math.log(10) * math.sqrt(2 / size))
+
+
+@pytest.mark.parametrize("condition", BLACK_BOX)
+def test_the_link_is_that_of_the_papers_experiment(stage, condition):
+    heard = link(PROTOCOL, stage.sent, condition, 0, scaled="peak", aware=False)
+    expected = received(PROTOCOL, stage.sent, reception(PROTOCOL, condition, 0), 0)
+    for ours, theirs in zip(heard.vectors, expected, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("aware", [False, True])
+@pytest.mark.parametrize("condition", BLACK_BOX)
+def test_repeating_once_is_not_repeating_and_eight_times_is_better(stage, condition, aware):
+    from protection.conditions import _repeated
+
+    protocol = replace(PROTOCOL, knows_jammer=aware)
+    once, often = (_repeated(protocol, condition, 0, times) for times in (1, 8))
+    plain = reception(protocol, condition, 0)
+    np.testing.assert_allclose(once.error_covariance, plain.error_covariance, rtol=1e-9, atol=1e-12)
+    assert float(often.mse.mean()) < 0.7 * float(plain.mse.mean())
+
+
+def test_low_rank_codes_use_no_more_of_the_channel(stage):
+    method = METHODS["low rank"]
+    matrices = [n for n, t in stage.sent[0].items() if t.ndim == 2 and n != "positional_embedding"]
+    code = low_rank_code(stage.sent[0], ratio=1 / method.times, only=matrices)
+    assert method.times * channel_uses(code, bits_per_use=1e-3 if code.bits else None) <= channel_uses(stage.sent[0])
+    heard = method.heard(stage, "link", "sum_rate")
+    assert set(heard.vectors[0]) == set(stage.sent[0])
+
+
+def test_all_that_realign_see_the_same_batches(stage):
+    def rounds(shots, skip):
+        seen = {}
+        for name, (_, batches) in shots.items():
+            for _ in range(skip):
+                list(batches)
+            seen[name] = torch.cat([images for images, _ in batches])
+        return seen
+
+    first, second = rounds(stage.shots(), 0), rounds(stage.shots(seen=False), 1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_makes_a_finite_model_and_leaves_the_base_alone(stage, name):
+    before = {key: tensor.clone() for key, tensor in stage.world.base.state_dict().items()}
+    method = METHODS[name]
+    models = [method.make(stage, method.heard(stage, kind, "ideal")).state_dict() for kind in method.kinds]
+    for model in models:
+        assert all(bool(tensor.isfinite().all()) for tensor in model.values())
+        assert any(not torch.equal(model[key], before[key]) for key in before)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in stage.world.base.state_dict().items())
+
+
+def row(seed, kind, condition, method, *accuracies):
+    named = dict(zip("ab", accuracies, strict=True))
+    return {"seed": seed, "kind": kind, "condition": condition, "method": method, "accuracy": named}
+
+
+def test_normalised_accuracies_and_their_interval():
+    rows = [
+        row(0, "bound", "", "individual", 0.8, 0.5),
+        row(1, "bound", "", "individual", 1.0, 0.5),
+        row(0, "link", "ideal", "unprotected", 0.4, 0.5),
+        row(1, "link", "ideal", "unprotected", 0.5, 0.1),
+        row(2, "link", "ideal", "unprotected", 0.5, 0.1),  # nothing to compare with
+    ]
+    assert normalised(rows)["link", "ideal", "unprotected"] == pytest.approx({0: 75.0, 1: 35.0})
+    mean, half = interval([75.0, 35.0])
+    assert (mean, half) == pytest.approx((55.0, 12.7062 * 20.0), rel=1e-5)  # t(.975, 1) * sd / sqrt(2)
+    assert interval([3.0]) == (3.0, math.inf)
+
+
+def test_table_and_figure_hold_every_method(tmp_path):
+    rows = [row(0, "bound", "", name, 0.9, 0.9) for name in ("individual", *BOUNDS)]
+    for kind in KINDS:
+        for name, method in METHODS.items():
+            rows += [row(0, kind, c, name, 0.45, 0.9) for c in BLACK_BOX] if kind in method.kinds else []
+    text = formatted(rows)
+    assert all(name in text for name in (*BOUNDS, *METHODS))
+    lines = [line for line in text.splitlines() if line.startswith("R-MTLLMF")]
+    assert [line.split()[1:] for line in lines] == [["75.0"] * 3] * 2
+    assert draw(rows, tmp_path).stat().st_size > 20_000
+
+
+def test_a_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "TESTBED", PROTOCOL)
+    monkeypatch.setattr(command, "Testbed", Toy)
+    few = {name: METHODS[name] for name in ("unprotected", "protect", "low rank")}
+    for module in (command, __import__("protection.table", fromlist=["METHODS"])):
+        monkeypatch.setattr(module, "METHODS", few)
+    threads = torch.get_num_threads()
+    path = tmp_path / "results.jsonl"
+    command.main(["--results", str(path), "--cache", str(tmp_path), "--quiet"])
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 1 + 5 + 3 * 2 + 3 * 3  # header, bounds, black box, link
+    path.write_bytes(b"".join(lines[:7]) + lines[7][:20])  # killed in the middle of a line
+    command.main(["--results", str(path), "--cache", str(tmp_path), "--quiet"])
+    assert path.read_bytes() == whole
+    assert "normalised accuracy" in capsys.readouterr().out
+    assert json.loads(lines[1])["method"] == "individual"
+    torch.set_num_threads(threads)
