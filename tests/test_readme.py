@@ -22,7 +22,9 @@ def python_blocks(path):
         yield text.count("\n", 0, match.start(1)), match.group(1), match.group(2)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/channel.md", "docs/fusion.md", "docs/protection.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/index.md", "docs/channel.md", "docs/fusion.md", "docs/protection.md"]
+)
 def test_python_blocks_run_in_order(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # a snippet must not depend on, or write to, the checkout
     blocks = list(python_blocks(ROOT / page))

@@ -12,6 +12,7 @@ from ._noise import KnownNoise
 from ._pooling import pooled
 
 _ROUNDS = 4  # of weights that depend on what they weigh
+_FAR = 3.0  # standard errors: no estimate is drawn farther, however much the others have in common
 _EXACT = 1e-9  # of the energy that a scale stands for: below, a measurement is as good as exact
 
 
@@ -52,7 +53,9 @@ def energy_of(known: KnownNoise, *, pool: bool = True) -> Energy:
         return Energy(keys, measured, error, measured.clamp_min(0))
     scale = torch.tensor([[row[key] for key in keys] for row in known.scale], dtype=torch.float64)
     unit = torch.where(scale > 0, scale, 1.0) ** 2
-    return Energy(keys, measured, error, _pooled_twice(measured / unit, error / unit**2).clamp_min(0) * unit)
+    signal = _pooled_twice(measured / unit, error / unit**2) * unit
+    far = _FAR * error.sqrt()
+    return Energy(keys, measured, error, signal.clamp(measured - far, measured + far).clamp_min(0))
 
 
 def _squares(known: KnownNoise, keys: list[str]) -> dict[str, Tensor]:
@@ -89,8 +92,11 @@ def _measured(known: KnownNoise, key: str, squares: Tensor) -> tuple[Tensor, Ten
         information = (weight * gain**2).sum(1, keepdim=True)
         found = (weight * gain * excess).sum(1, keepdim=True) / information
         energy = torch.where(information > 0, found, 0.0).clamp_min(0)
+    power = gain * energy + noise
     found = torch.where(information > 0, found, 0.0)
-    return found.squeeze(1), torch.where(information > 0, 1 / information, torch.inf).squeeze(1)
+    own = 2 * (power**2 - (gain * energy) ** 2) / length  # of what was sent, not of others like it
+    error = (weight * weight * gain**2 * own).sum(1, keepdim=True) / information**2
+    return found.squeeze(1), torch.where(information > 0, error, torch.inf).squeeze(1)
 
 
 def _pooled_twice(values: Tensor, errors: Tensor) -> Tensor:

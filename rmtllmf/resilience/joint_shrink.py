@@ -20,6 +20,7 @@ from .shrink import Sensitivity, sensitivities
 __all__ = ["joint_shrink"]
 
 _LONGEST = 1 << 18  # entries of every vector calculated with at once
+_CERTAIN = 0.03  # no combination of users is believed to be nothing: estimated correlations are not known so well
 
 
 def joint_shrink(
@@ -153,7 +154,7 @@ def _correlation(known: KnownNoise, energy: Energy) -> Tensor:
         believed[above[0], above[1]] = values
         believed[above[1], above[0]] = values
     values, vectors = torch.linalg.eigh(believed)
-    psd = (vectors * values.clamp_min(0)) @ vectors.T
+    psd = (vectors * values.clamp_min(_CERTAIN)) @ vectors.T
     unit = psd.diagonal().rsqrt()
     return unit[:, None] * psd * unit
 

@@ -236,6 +236,12 @@ def test_on_the_device():
     for cut, vector, one in zip(cuts, there, expected, strict=True):
         there_is = vector["w"]
         piece = engine.Piece(
-            "w", 0, SIZE, there_is, lambda slot, length: torch.empty(SIZE, device="cuda"), 1, lambda index, slot, w=there_is: w
+            "w",
+            0,
+            SIZE,
+            there_is,
+            lambda slot, length: torch.empty(SIZE, device="cuda"),
+            1,
+            lambda index, slot, w=there_is: w,
         )
         assert torch.equal(cut.keep(0, piece, slice(0, SIZE), torch.empty_like(vector["w"])).cpu(), one["w"])
