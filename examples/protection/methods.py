@@ -16,6 +16,7 @@ from paper.protocol import Protocol
 from paper.world import World
 from rmtllmf.resilience import (
     embedding_keys,
+    harmful_keys,
     joint_shrink,
     low_rank_code,
     measured_sensitivity,
@@ -158,6 +159,18 @@ def restored(stage: Stage, heard: Heard) -> nn.Module:
     return model
 
 
+def harmless(stage: Stage, heard: Heard) -> nn.Module:
+    """Task arithmetic, and what noise harms from the base model, as measured on random pictures; no data."""
+    model = unprotected(stage, heard)
+    found = measured_sensitivity(
+        stage.world.base, heard.vectors, heard.reception, stage.noise, seed=stage.seed, scale=heard.scale
+    )
+    keys = harmful_keys(heard.vectors, heard.reception, scale=heard.scale, sensitivity=found.lower)
+    if keys:
+        model.load_state_dict(restore(model, stage.world.base, keys))
+    return model
+
+
 def realigned(stage: Stage, heard: Heard, *, make: Callable[[Stage, Heard], nn.Module]) -> nn.Module:
     """Another method's model after realignment."""
     return stage.realigned(make(stage, heard))
@@ -205,6 +218,7 @@ METHODS: dict[str, Method] = {
     "aware": Method(unprotected, kinds=("link",), aware=True),
     "restored": Method(restored),
     "realigned": Method(partial(realigned, make=unprotected), data=True),
+    "harmful restored": Method(harmless),
     "low rank": Method(unprotected, kinds=("link",), times=8),
     "rms": Method(unprotected, **_better),
     "rms, aware": Method(unprotected, aware=True, **_better),

@@ -6,7 +6,8 @@ R-MTLLMF.
 - **Estimate** what was sent, from what was received and its noise: `shrink`, `joint_shrink`, `spectral_shrink`, with
   `measured_sensitivity` for what a model feels of it.
 - **Fuse** as the noise asks for: `inverse_variance_weights`, `mse_optimal_weights`, `select_users`, `search_scale`.
-- **Restore** parameters from the base model: `restore`, with `embedding_keys`, `attention_keys`, `normalization_keys`.
+- **Restore** parameters from the base model: `restore`, with what noise harms, `harmful_keys` (and `squared_gradients`), or
+  by name, `embedding_keys`, `attention_keys`, `normalization_keys`.
 - **Realign** on a few labelled samples (`few_shot`): `realign`, with an anchor and early stopping; `realign_lora`,
   `realign_heads`, `steps_by_cross_validation`.
 - **Send less**, and that with more energy: `low_rank_code`, `factors_code`, `top_k_code`, `sign_code`, `power_loading`.
@@ -19,6 +20,7 @@ from .factors_code import factors_code
 from .few_shot import few_shot
 from .fusion import resilient_fusion
 from .fusion_weights import inverse_variance_weights, mse_optimal_weights, select_users
+from .harmful_keys import harmful_keys, squared_gradients
 from .joint_shrink import joint_shrink
 from .keys import attention_keys, embedding_keys, normalization_keys
 from .low_rank_code import low_rank_code, ranks_for
@@ -50,6 +52,7 @@ __all__ = [
     "embedding_keys",
     "factors_code",
     "few_shot",
+    "harmful_keys",
     "inverse_variance_weights",
     "joint_shrink",
     "loaded",
@@ -74,6 +77,7 @@ __all__ = [
     "sign_code",
     "soft_signs",
     "spectral_shrink",
+    "squared_gradients",
     "steps_by_cross_validation",
     "suspects",
     "top_k_code",

@@ -64,9 +64,9 @@ def harmful_keys(
     what is hopeless. Not both: the noise in what was shrunk is no longer the reception's. The paper's rule is
     ``restore(fused, base, embedding_keys(model))``, which looks at names only.
 
-    With `importance` and `tolerance` more is restored, until the variance of the loss that is due to noise,
-    to first order :math:`\lambda^2 \sum_k F_k N_k` over the tensors k that are kept, is at most the tolerance. To lose
-    as little signal as possible, :math:`\sum_k F_k \kappa_k (S_k - B_k)` over those that are restored, is a knapsack
+    With `importance` and `tolerance` more is restored, until the variance of a sample's loss that is due to noise, to
+    first order :math:`\lambda^2 \sum_k F_k N_k` over the tensors k that are kept, is at most the tolerance. To lose as
+    little signal as possible, :math:`\sum_k F_k \kappa_k (S_k - B_k)` over those that are restored, is a knapsack
     problem. Tensors go in the order of :math:`N_k / (\kappa_k (S_k - B_k))`, the largest first: the importance is in
     what a tensor disturbs and in what its signal is worth, and cancels in the ratio. So the criterion stays the one
     above, with a lower threshold, which is what a Lagrange multiplier of the constraint gives. Where the tolerance is
@@ -113,9 +113,8 @@ def harmful_keys(
         raise InputError("importance and tolerance: expected both or neither")
     known = KnownNoise.of(received, reception, estimator=estimator, scale=scale)
     kappa = sensitivities(known.stream.keys, sensitivity)
-    factor = heuristic_scale(known.users) if fusion_scale is None else finite_number(fusion_scale, "fusion_scale")
-    if factor <= 0:
-        raise InputError(f"fusion_scale: expected a positive finite number, got {factor}")
+    given = heuristic_scale(known.users) if fusion_scale is None else fusion_scale
+    factor = finite_number(given, "fusion_scale", positive=True)
     noise, gained = _energies(known)
     ratio = {key: _ratio(noise[key], kappa[key] * gained[key]) for key in noise}
     chosen = {key for key in ratio if ratio[key] >= 1}
@@ -209,7 +208,7 @@ def squared_gradients(
         ShapeError: tensors of a batch with different numbers of samples, or a loss that is not one number.
 
     Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", 2017; Kunstner, Hennig and
-    Balles, "Limitations of the empirical Fisher approximation", 2019, for what it is not.
+    Balles, "Limitations of the empirical Fisher approximation for natural gradient descent", 2019, for what it is not.
 
     Example:
         >>> import torch
@@ -284,7 +283,8 @@ class _Squares:
         for start in range(0, samples, self.chunk):
             with warnings.catch_warnings(), torch.no_grad():  # no graph beyond that of `grad` itself
                 warnings.filterwarnings("ignore", message="There is a performance drop")
-                yield gradients(self.parameters, *(tensor[start : start + self.chunk] for tensor in tensors))
+                found = gradients(self.parameters, *(tensor[start : start + self.chunk] for tensor in tensors))
+            yield found
 
     def _looped(self, value: Callable[..., Tensor], tensors: list[Tensor], samples: int) -> Iterator[Tensors]:
         leaves = {key: p.detach().requires_grad_() for key, p in self.parameters.items()}  # the same memory
