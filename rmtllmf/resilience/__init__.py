@@ -6,7 +6,7 @@ R-MTLLMF.
 - **Estimate** what was sent, from what was received and its noise: `shrink`, `joint_shrink`, `spectral_shrink`, with
   `measured_sensitivity` for what a model feels of it.
 - **Fuse** as the noise asks for: `inverse_variance_weights`, `mse_optimal_weights`, `select_users`, `search_scale`.
-- **Restore** parameters from the base model: `restore`, with what noise harms, `harmful_keys` (and `squared_gradients`), or
+- **Restore** parameters from the base model: `restore`, what noise harms (`harmful_keys`, `squared_gradients`), or
   by name, `embedding_keys`, `attention_keys`, `normalization_keys`.
 - **Realign** on a few labelled samples (`few_shot`): `realign`, with an anchor and early stopping; `realign_lora`,
   `realign_heads`, `steps_by_cross_validation`.
