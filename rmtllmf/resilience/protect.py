@@ -44,17 +44,8 @@ from .shrink import Sensitivity, sensitivities
 
 __all__ = ["Protection", "TensorReport", "protect"]
 
-_SCALES = (
-    0.0,
-    0.25,
-    0.5,
-    1.0,
-    2.0,
-    4.0,
-    8.0,
-    16.0,
-    32.0,
-)  # large ones: posterior means are short where noise is strong
+# to be searched; large ones, because posterior means are short where noise is strong
+_SCALES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _REFINEMENTS = 4
 
 

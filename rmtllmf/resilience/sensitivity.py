@@ -158,6 +158,8 @@ class _Changes:
                 difference = (ahead.double() - behind.double()) / (2 * step)
                 total += float(difference.square().sum())
                 count += len(difference)
+        if not count:
+            raise InputError("inputs: expected at least one input, got empty batches")
         if not math.isfinite(total):
             raise NonFiniteError("model: its outputs are not finite for parameters near its own")
         return total / count

@@ -186,7 +186,8 @@ def _nonfinite(vector: dict[str, Tensor]) -> int:
     count = 0
     for key, tensor in vector.items():
         if is_bendable(key, tensor.dtype) and (tensor.dtype == torch.float64 or not all_finite(tensor)):
-            count += int((~(tensor.detach().abs() <= _LARGEST)).sum())
+            # in float32 the limit itself is infinite
+            count += int((~(torch.isfinite(tensor) & (tensor.detach().abs() <= _LARGEST))).sum())
     return count
 
 

@@ -271,6 +271,7 @@ GOOD = [{"weight": torch.ones(2, 3)}]
 X = torch.ones(4, 3)
 BAD = {
     "no inputs": ((MODEL, GOOD, [0.1], []), {}, InputError, "inputs: expected at least one batch, got none"),
+    "empty": ((MODEL, GOOD, [0.1], [X[:0]]), {}, InputError, "inputs: expected at least one input, got empty"),
     "one tensor": ((MODEL, GOOD, [0.1], X), {}, TypeError, "inputs: expected batches of inputs.* got Tensor"),
     "one mapping": ((MODEL, GOOD, [0.1], {"x": X}), {}, TypeError, "inputs: expected batches of inputs.* got dict"),
     "no batches": ((MODEL, GOOD, [0.1], 3), {}, TypeError, "inputs: expected batches of inputs.* got int"),

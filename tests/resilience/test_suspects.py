@@ -470,3 +470,14 @@ ONE = {"w": torch.ones(10)}
 def test_bad_input(call, error, pattern):
     with pytest.raises(error, match=pattern):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_single_bomb_of_any_dtype_is_a_finding(dtype, value):
+    source = torch.Generator().manual_seed(0)
+    vectors = [{"w": torch.randn(4000, generator=source).to(dtype)} for _ in range(4)]
+    vectors[1]["w"][7] = value
+    found = suspects(vectors, [0.1] * 4, scale=1.0)
+    assert found.nonfinite == (0, 1, 0, 0)
+    assert found.accepted == (0, 2, 3)
