@@ -14,7 +14,13 @@ from .conditions import BLACK_BOX, KINDS
 from .methods import BOUNDS, METHODS
 
 Row = dict[str, Any]
-TITLES = {"black_box": "Black box (white noise)", "link": "Whole link (peak scaling, unaware receiver, or as said)"}
+TITLES = {"black_box": "Black box (white noise)", "link": "Whole link (by peak, unaware, or as said)"}
+DIFFERENCES = (
+    ("protect", "base"),
+    ("protect", "R-MTLLMF"),
+    ("protect, 10 shots", "R-MTLLMF"),
+    ("protect, 10 shots", "base realigned"),
+)
 
 
 def normalised(rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[int, float]]:
@@ -45,15 +51,31 @@ def formatted(rows: Sequence[Row]) -> str:
     seeds = sorted({row["seed"] for row in rows})
     lines = [f"normalised accuracy, %: mean over seeds {seeds} and half the width of its 95 % interval", ""]
     for name in BOUNDS:
-        lines.append(f"{name:32}{_cell(found.get(('bound', '', name)))}")
+        lines.append(_line(name, [_cell(found.get(("bound", "", name)))]))
     for kind in KINDS:
-        lines += ["", TITLES[kind], f"{'':32}" + "".join(f"{_heading(kind, condition):>22}" for condition in BLACK_BOX)]
+        lines += ["", _line(TITLES[kind], [_heading(kind, condition) for condition in BLACK_BOX])]
         for name, method in METHODS.items():
             if kind in method.kinds:
-                cells = [_cell(found.get((kind, condition, name))) for condition in BLACK_BOX]
-                label = name + ("" if method.data else "  (no data)")
-                lines.append(f"{label:40}" + "".join(f"{cell:>16}" for cell in cells))
+                label = name + ("" if method.data else " (no data)")
+                lines.append(_line(label, [_cell(found.get((kind, condition, name))) for condition in BLACK_BOX]))
+        lines.append("differences, seed by seed:")
+        for name, other in DIFFERENCES:
+            cells = [_cell(_minus(found, (kind, condition, name), other)) for condition in BLACK_BOX]
+            lines.append(_line(f"  {name} - {other}", cells))
     return "\n".join(lines)
+
+
+def _line(label: str, cells: Sequence[str]) -> str:
+    return f"{label:42}" + "".join(f"{cell:>16}" for cell in cells)
+
+
+def _minus(
+    found: dict[tuple[str, str, str], dict[int, float]], key: tuple[str, str, str], other: str
+) -> dict[int, float]:
+    """Seed -> difference to another method under the same condition, or to a bound."""
+    kind, condition, _ = key
+    reference = found.get((kind, condition, other)) or found.get(("bound", "", other)) or {}
+    return {seed: value - reference[seed] for seed, value in found.get(key, {}).items() if seed in reference}
 
 
 def draw(rows: Sequence[Row], folder: Path) -> Path:

@@ -152,6 +152,9 @@ def test_table_and_figure_hold_every_method(tmp_path):
     assert all(name in text for name in (*BOUNDS, *METHODS))
     lines = [line for line in text.splitlines() if line.startswith("R-MTLLMF")]
     assert [line.split()[1:] for line in lines] == [["75.0"] * 3] * 2
+    lines = [line for line in text.splitlines() if line.startswith("  protect, 10 shots - base realigned")]
+    assert [line.split()[-3:] for line in lines] == [["-25.0"] * 3] * 2  # 75 less 100
+    assert max(map(len, text.splitlines())) <= 42 + 3 * 16
     assert draw(rows, tmp_path).stat().st_size > 20_000
 
 
