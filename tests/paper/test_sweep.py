@@ -10,53 +10,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from open_clip.transformer import VisionTransformer
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
+from helpers.toy_world import Toy
 from paper.fusion import Fuser, PartialSums
 from paper.protocol import TESTBED, Protocol
 from paper.sweep import Job, Sweep, jobs_of, key_of
 from paper.uplink import received, reception
-from paper.world import Arena, World
 from rmtllmf.channel import transmit
 from rmtllmf.metrics import accuracy
 from rmtllmf.resilience import attention_keys, embedding_keys, few_shot, realign, resilient_fusion, restore
-from rmtllmf.taskvec import TaskVector, heuristic_scale, task_arithmetic, ties, weighted_average
+from rmtllmf.taskvec import heuristic_scale, task_arithmetic, ties, weighted_average
 
 NAMES = ("a", "b", "c", "d", "e", "f", "g", "h")
 PROTOCOL = replace(TESTBED, tasks=NAMES, subsets=0, blocks=2, realignment_steps=2, realignment_batch=4, shots=2)
-
-
-class Toy(World):
-    """Eight random tasks of a tiny vision transformer."""
-
-    @property
-    def base(self):
-        if not hasattr(self, "_base"):
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                self._base = VisionTransformer(8, 4, 16, 1, 2, 2.0, output_dim=8).eval()
-        return self._base
-
-    def load(self, name):
-        source = torch.Generator().manual_seed(ord(name))
-        head = nn.Linear(8, 3, bias=False).requires_grad_(False)
-        head.weight.copy_(torch.randn(3, 8, generator=source))
-        images = torch.randn(24, 3, 8, 8, generator=source)
-        labels = torch.arange(24) % 3
-        return Arena(head, TensorDataset(images[:12], labels[:12]), TensorDataset(images[12:], labels[12:]))
-
-    def vectors(self, seed):
-        source = torch.Generator().manual_seed(seed)
-        names = self.base.state_dict()
-        return [
-            TaskVector({k: 0.05 * torch.randn(t.shape, generator=source) for k, t in names.items()})
-            for _ in self.protocol.tasks
-        ]
-
-    def identity(self):
-        return "toy"
 
 
 @pytest.fixture

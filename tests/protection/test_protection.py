@@ -8,59 +8,30 @@ import numpy as np
 import protection.__main__ as command
 import pytest
 import torch
-from open_clip.transformer import VisionTransformer
 from protection.conditions import BLACK_BOX, KINDS, black_box, link
 from protection.methods import BOUNDS, METHODS, Stage
 from protection.table import draw, formatted, interval, normalised
-from torch import nn
-from torch.utils.data import TensorDataset
 
+from helpers.toy_world import Toy
 from paper.protocol import TESTBED
 from paper.uplink import received, reception
-from paper.world import Arena, World
 from rmtllmf.metrics import snr_db
 from rmtllmf.resilience import channel_uses, low_rank_code
-from rmtllmf.taskvec import TaskVector
 
 PROTOCOL = replace(
     TESTBED, tasks=tuple("abcdefgh"), blocks=2, realignment_steps=2, realignment_batch=4, shots=2, reference="30"
 )
 
 
-class Toy(World):
-    """Eight random tasks of a tiny vision transformer."""
+class Wider(Toy):
+    """With matrices that low-rank codes are worth something for."""
 
-    @property
-    def base(self):
-        if not hasattr(self, "_base"):
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                self._base = VisionTransformer(8, 4, 32, 1, 2, 2.0, output_dim=8).eval()
-        return self._base
-
-    def load(self, name):
-        source = torch.Generator().manual_seed(ord(name))
-        head = nn.Linear(8, 3, bias=False).requires_grad_(False)
-        head.weight.copy_(torch.randn(3, 8, generator=source))
-        images = torch.randn(24, 3, 8, 8, generator=source)
-        labels = torch.arange(24) % 3
-        return Arena(head, TensorDataset(images[:12], labels[:12]), TensorDataset(images[12:], labels[12:]))
-
-    def vectors(self, seed):
-        source = torch.Generator().manual_seed(seed)
-        names = self.base.state_dict()
-        return [
-            TaskVector({k: 0.05 * torch.randn(t.shape, generator=source) for k, t in names.items()})
-            for _ in self.protocol.tasks
-        ]
-
-    def identity(self):
-        return "toy"
+    width = 32
 
 
 @pytest.fixture
 def stage(tmp_path):
-    return Stage(Toy(PROTOCOL, tmp_path), PROTOCOL, 0)
+    return Stage(Wider(PROTOCOL, tmp_path), PROTOCOL, 0)
 
 
 @pytest.mark.parametrize("condition", BLACK_BOX)
@@ -120,7 +91,8 @@ def test_every_method_makes_a_finite_model_and_leaves_the_base_alone(stage, name
     models = [method.make(stage, method.heard(stage, kind, "ideal")).state_dict() for kind in method.kinds]
     for model in models:
         assert all(bool(tensor.isfinite().all()) for tensor in model.values())
-        assert any(not torch.equal(model[key], before[key]) for key in before)
+    # nothing may be worth keeping in one of them
+    assert any(not torch.equal(model[key], before[key]) for model in models for key in before)
     assert all(torch.equal(tensor, before[key]) for key, tensor in stage.world.base.state_dict().items())
 
 
@@ -160,7 +132,7 @@ def test_table_and_figure_hold_every_method(tmp_path):
 
 def test_a_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command, "TESTBED", PROTOCOL)
-    monkeypatch.setattr(command, "Testbed", Toy)
+    monkeypatch.setattr(command, "Testbed", Wider)
     few = {name: METHODS[name] for name in ("unprotected", "protect", "low rank")}
     for module in (command, __import__("protection.table", fromlist=["METHODS"])):
         monkeypatch.setattr(module, "METHODS", few)
