@@ -12,6 +12,7 @@ from rmtllmf.channel import (
     UplinkScenario,
     barrage_covariance,
     lmmse,
+    repeat_block,
     sic,
     strongest_user_covariance,
     transmit,
@@ -23,8 +24,11 @@ from rmtllmf.taskvec import TaskVector
 from .protocol import Protocol
 
 
-def reception(protocol: Protocol, condition: str, seed: int) -> Reception:
-    """How the users are received: the same draw of the uplink for every condition."""
+def reception(protocol: Protocol, condition: str, seed: int, *, times: int = 1) -> Reception:
+    """How the users are received: the same draw of the uplink for every condition.
+
+    Every symbol is sent `times` times in its block, and combined.
+    """
     up = UplinkScenario(num_users=len(protocol.tasks), num_antennas=protocol.antennas).draw(protocol.blocks, seed=seed)
     power, thermal = protocol.jamming * up.noise, up.noise_covariance
     jammers = {
@@ -34,10 +38,13 @@ def reception(protocol: Protocol, condition: str, seed: int) -> Reception:
         "barrage": lambda: barrage_covariance(up.H, power),
     }
     noise = jammers[condition]() + thermal
-    believed = None if protocol.knows_jammer else thermal
+    H, believed = up.H, None if protocol.knows_jammer else thermal
+    if times > 1:
+        H, noise, thermal = repeat_block(H, noise, times, thermal)
+        believed = None if believed is None else thermal
     if protocol.receiver == "lmmse":
-        return lmmse(up.H, up.P, noise, designed_for=believed)
-    return sic(up.H, up.P, noise, designed_for=believed, order=protocol.order)
+        return lmmse(H, up.P, noise, designed_for=believed)
+    return sic(H, up.P, noise, designed_for=believed, order=protocol.order)
 
 
 def received(protocol: Protocol, vectors: Sequence[TaskVector], heard: Reception, seed: int) -> list[TaskVector]:

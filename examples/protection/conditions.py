@@ -10,15 +10,7 @@ import torch
 
 from paper.protocol import Protocol
 from paper.uplink import reception, reference_of
-from rmtllmf.channel import (
-    Reception,
-    UplinkScenario,
-    repeat_block,
-    sic,
-    strongest_user_covariance,
-    transmit,
-    worst_case_covariance,
-)
+from rmtllmf.channel import transmit
 from rmtllmf.taskvec import TaskVector
 
 BLACK_BOX = {"ideal": -16.2, "strongest_user": -21.7, "sum_rate": -27.3}
@@ -50,20 +42,6 @@ def link(
     Every symbol is sent `times` times in its block, and combined.
     """
     chosen = replace(protocol, reference=protocol.reference if scaled == "peak" else "rms", knows_jammer=aware)
-    channel = reception(chosen, condition, seed) if times == 1 else _repeated(chosen, condition, seed, times)
+    channel = reception(chosen, condition, seed, times=times)
     scale = "rms" if scaled == "rms" else reference_of(chosen, [TaskVector(vector) for vector in sent])
     return Heard(transmit(sent, channel, seed=seed, scale=scale), channel, scale)
-
-
-def _repeated(protocol: Protocol, condition: str, seed: int, times: int) -> Reception:
-    """As `paper.uplink.reception`, of symbols that come several times in the same block."""
-    up = UplinkScenario(num_users=len(protocol.tasks), num_antennas=protocol.antennas).draw(protocol.blocks, seed=seed)
-    power, thermal = protocol.jamming * up.noise, up.noise_covariance
-    jammers = {
-        "ideal": lambda: torch.zeros_like(thermal),
-        "strongest_user": lambda: strongest_user_covariance(up.H, up.P, power),
-        "sum_rate": lambda: worst_case_covariance(up.H, up.P, power, noise=up.noise),
-    }
-    noise = jammers[condition]() + thermal
-    H, noise, believed = repeat_block(up.H, noise, times, noise if protocol.knows_jammer else thermal)
-    return sic(H, up.P, noise, designed_for=believed, order=protocol.order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,20 +38,19 @@ class Energy:
         return self.signal[:, self.keys.index(key)]
 
 
-def energy_of(known: KnownNoise, *, pool: bool = True) -> Energy:
+def energy_of(known: KnownNoise) -> Energy:
     r"""The energies of what was sent, tensor by tensor.
 
-    A part of n coefficients with the gain g and the noise variance :math:`\sigma^2` has the mean square
-    :math:`g^2 v + \sigma^2`, give or take :math:`2 (g^2 v + \sigma^2)^2 / n`. With `pool`, energies in units of the
-    users' scales are pooled twice: those of a tensor over the users, and the tensors' means over the tensors.
+    A part of n coefficients with the gain g, the noise variance :math:`\sigma^2` and the mean square v of what was sent
+    has the mean square :math:`g^2 v + \sigma^2`, with the variance :math:`2 \sigma^2 (2 g^2 v + \sigma^2) / n`.
+    Energies in units of the users' scales are pooled twice: those of a tensor over the users, and the tensors' means
+    over the tensors; but none is drawn farther than three standard errors.
     """
     keys = [key for key in known.stream.keys if known.parts[key]]
     squares = _squares(known, keys)
     measured, error = (torch.zeros(known.users, len(keys), dtype=torch.float64) for _ in range(2))
     for k, key in enumerate(keys):
         measured[:, k], error[:, k] = _measured(known, key, squares[key])
-    if not pool:
-        return Energy(keys, measured, error, measured.clamp_min(0))
     scale = torch.tensor([[row[key] for key in keys] for row in known.scale], dtype=torch.float64)
     unit = torch.where(scale > 0, scale, 1.0) ** 2
     signal = _pooled_twice(measured / unit, error / unit**2) * unit
@@ -69,7 +69,7 @@ def _squares(known: KnownNoise, keys: list[str]) -> dict[str, Tensor]:
                 float(torch.linalg.vector_norm(flat[p.start : p.stop], dtype=torch.float64)) for p in known.parts[key]
             ]
             rows.append([norm * norm for norm in norms])
-            if not all(map(torch.isfinite, torch.tensor(rows[-1]))):
+            if not all(map(math.isfinite, rows[-1])):
                 raise NonFiniteError(f"received[{q}][{key!r}] holds NaN or infinity; expected finite numbers")
         found[key] = torch.tensor(rows, dtype=torch.float64)
     return found

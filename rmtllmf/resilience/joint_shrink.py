@@ -12,6 +12,7 @@ from .._arrays import ArrayLike
 from .._state import Tensors
 from ..channel import Reception
 from ._energy import Energy, energy_of
+from ._inner_products import gram
 from ._moments import null_share
 from ._noise import KnownNoise, Scale
 from ._pooling import pooled
@@ -137,13 +138,12 @@ def _correlation(known: KnownNoise, energy: Energy) -> Tensor:
         for part in known.parts[key]:
             g, V = known.gain[part.block], known.covariance_of(key, part.block)
             rows = [vector[key].detach().reshape(-1)[part.start : part.stop] for vector in known.stream.vectors]
-            gram = _gram(rows)
             power = g * g * deviation**2 + V.diagonal()
             expected = g[:, None] * scale * g  # times the correlation, beside V
             # the variance of a product of two received coefficients, were they uncorrelated but for the noise
             spread = power[:, None] * power + V**2
             weight = torch.where(spread > 0, expected / torch.where(spread > 0, spread, 1.0), 0.0)
-            products += weight * (gram - len(rows[0]) * V)
+            products += weight * (gram(rows) - len(rows[0]) * V)
             information += weight * expected * len(rows[0])
     found = torch.where(information > 0, products / torch.where(information > 0, information, 1.0), 0.0)
     above = torch.triu_indices(users, users, 1)
@@ -157,12 +157,3 @@ def _correlation(known: KnownNoise, energy: Energy) -> Tensor:
     psd = (vectors * values.clamp_min(_CERTAIN)) @ vectors.T
     unit = psd.diagonal().rsqrt()
     return unit[:, None] * psd * unit
-
-
-def _gram(rows: list[Tensor]) -> Tensor:
-    """(Q, Q) inner products, in float64."""
-    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    for start in range(0, len(rows[0]), _LONGEST):
-        stacked = torch.stack([row[start : start + _LONGEST].double() for row in rows])
-        total += (stacked @ stacked.T).cpu()
-    return total

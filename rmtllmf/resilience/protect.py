@@ -39,7 +39,7 @@ from .fusion import _as_task_vectors, _frozen_names, load, resilient_fusion
 from .joint_shrink import jointly_shrunk
 from .realign import Loss, prepare
 from .search_scale import search_scale
-from .sensitivity import measured_sensitivity
+from .sensitivity import sensitivity_of
 from .shrink import Sensitivity, sensitivities
 
 __all__ = ["Protection", "TensorReport", "protect"]
@@ -157,9 +157,7 @@ def protect(
     if unlabelled is not None:
         _check_ties(model, known)
         load(model, original)
-        measured = measured_sensitivity(
-            model, kept.vectors, kept.reception, unlabelled, seed=number, estimator=estimator, scale=kept.scale
-        )
+        measured = sensitivity_of(model, known, energy, unlabelled, seed=number)
         kappa = sensitivities(known.stream.keys, measured.lower)
     update, tensors = _fused(known, energy, kappa, rule, fixed)
     factor = 1.0

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from .._arrays import ArrayLike
 from .._random import Seed, generator, seed_number
 from .._state import Tensors, check_keys, check_shapes, whole_number, wide
-from .._tasks import device_of, mode, moved
+from .._tasks import device_of, logits_of, mode, moved
 from ..channel import Reception
 from ..errors import InputError, NonFiniteError
 from ._energy import Energy, energy_of
@@ -22,6 +22,7 @@ from ._noise import KnownNoise, Scale
 
 __all__ = ["MeasuredSensitivity", "measured_sensitivity"]
 
+PROBES = 8  # draws of each kind of noise
 _STEP = 1e-2  # of the parameters' own rms: how far a tangent goes
 
 
@@ -56,7 +57,7 @@ def measured_sensitivity(
     seed: Seed,
     estimator: str = "additive",
     scale: Scale = "rms",
-    probes: int = 8,
+    probes: int = PROBES,
 ) -> MeasuredSensitivity:
     r"""How much more the outputs change along the task vectors than along white noise of the same energy.
 
@@ -100,12 +101,24 @@ def measured_sensitivity(
     """
     probes = whole_number(probes, "probes", at_least=2)
     known = KnownNoise.of(received, reception, estimator=estimator, scale=scale)
+    return sensitivity_of(model, known, energy_of(known), inputs, seed=seed, probes=probes)
+
+
+def sensitivity_of(
+    model: nn.Module,
+    known: KnownNoise,
+    energy: Energy,
+    inputs: Iterable[Any],
+    *,
+    seed: Seed,
+    probes: int = PROBES,
+) -> MeasuredSensitivity:
+    """What `measured_sensitivity` returns."""
     state = dict(model.state_dict())
     missing = set(known.stream.keys) - set(state)
     if missing:
         check_keys(known.stream.keys, set(known.stream.keys) - missing, "received", "model")
     check_shapes({key: known.stream.vectors[0][key] for key in known.stream.keys}, state, "received", "model")
-    energy = energy_of(known)
     number = seed_number(seed)
     changes = _Changes(model, state, inputs)
     loud = [
@@ -169,13 +182,10 @@ class _Changes:
             key: torch.add(self.state[key], tensor.to(self.state[key]), alpha=step) for key, tensor in direction.items()
         }
 
-        def call(inputs: Any) -> Any:
-            args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
-            args = args if isinstance(args, tuple | list) else (args,)
-            return functional_call(self.model, moved_state, tuple(args), dict(kwargs))
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(self.model, moved_state, args, kwargs)
 
-        outputs = call(batch)
-        outputs = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+        outputs = logits_of(call, None, batch)
         if not isinstance(outputs, Tensor):
             raise TypeError("model: expected a tensor, or something with logits, as its output")
         return outputs.flatten(1) if outputs.ndim > 1 else outputs[:, None]

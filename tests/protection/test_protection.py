@@ -15,6 +15,7 @@ from protection.table import draw, formatted, interval, normalised
 from helpers.toy_world import Toy
 from paper.protocol import TESTBED
 from paper.uplink import received, reception
+from rmtllmf.channel import UplinkScenario, sic, strongest_user_covariance, worst_case_covariance
 from rmtllmf.metrics import snr_db
 from rmtllmf.resilience import channel_uses, low_rank_code
 
@@ -52,14 +53,21 @@ def test_the_link_is_that_of_the_papers_experiment(stage, condition):
 
 @pytest.mark.parametrize("aware", [False, True])
 @pytest.mark.parametrize("condition", BLACK_BOX)
-def test_repeating_once_is_not_repeating_and_eight_times_is_better(stage, condition, aware):
-    from protection.conditions import _repeated
-
+def test_eight_repetitions_are_better_and_if_the_receiver_knows_an_eighth_of_the_noise(condition, aware):
     protocol = replace(PROTOCOL, knows_jammer=aware)
-    once, often = (_repeated(protocol, condition, 0, times) for times in (1, 8))
-    plain = reception(protocol, condition, 0)
-    np.testing.assert_allclose(once.error_covariance, plain.error_covariance, rtol=1e-9, atol=1e-12)
+    plain, often = (reception(protocol, condition, 0, times=times) for times in (1, 8))
     assert float(often.mse.mean()) < 0.7 * float(plain.mse.mean())
+    if aware:
+        up = UplinkScenario().draw(protocol.blocks, seed=0)
+        power, thermal = protocol.jamming * up.noise, up.noise_covariance
+        noise = {
+            "ideal": thermal,
+            "strongest_user": strongest_user_covariance(up.H, up.P, power) + thermal,
+            "sum_rate": worst_case_covariance(up.H, up.P, power, noise=up.noise) + thermal,
+        }[condition]
+        quiet = sic(up.H, up.P, noise / 8, order=protocol.order)
+        np.testing.assert_allclose(often.mse, quiet.mse, rtol=1e-6)
+        np.testing.assert_allclose(plain.mse, sic(up.H, up.P, noise, order=protocol.order).mse, rtol=1e-9)
 
 
 def test_low_rank_codes_use_no_more_of_the_channel(stage):
