@@ -77,6 +77,23 @@ def pairs(batches: Batches, argument: str, device: torch.device | None = None) -
         )
 
 
+def inputs_of(batches: Batches, argument: str, device: torch.device | None = None) -> Iterator[Any]:
+    """The inputs of every batch, moved to `device`, for what needs no labels; an error if there is none.
+
+    A batch that is a pair, a tuple or list of two, is (inputs, targets), as everywhere; anything else is inputs.
+    """
+    empty = True
+    for batch in batches:
+        empty = False
+        pair = isinstance(batch, tuple | list) and len(batch) == 2
+        yield moved(batch[0] if pair else batch, device)
+    if empty:
+        raise InputError(
+            f"{argument}: expected at least one batch, got none; an iterator that is used up cannot start again: "
+            "pass a list or a DataLoader"
+        )
+
+
 def describe(value: object) -> str:
     """What a wrong batch was, in a few words."""
     if isinstance(value, Tensor):

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._call import WithState, checked_rows
 from .._tasks import Head
 from ..errors import InputError
-from ._call import WithState, checked_rows
 from ._inputs import batch_size, single
 from ._variances import Variance
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .._call import WithState, checked_rows
 from .._random import generator
 from .._state import wide
 from .._tasks import Head
 from ..errors import InputError
-from ._call import WithState, checked_rows
 from ._exact import LOST
 from ._inputs import batch_size
 from ._variances import Variance

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._call import check_model, logit_matrix
 from .._state import check_keys, finite_number
 from .._tasks import Batches, Head, as_tasks, device_of, logits_of, mode, pairs
 from ..errors import InputError, ShapeError
-from ._call import check_model, logit_matrix
 
 __all__ = ["accuracy", "normalized_accuracy"]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .._call import WithState, check_model, state_of
 from .._state import (
     StateLike,
     Tensors,
@@ -21,7 +22,6 @@ from .._state import (
 )
 from .._tasks import Tasks, device_of, mode, named_tasks, pairs
 from ..errors import InputError
-from ._call import WithState, check_model, state_of
 
 __all__ = ["Disentanglement", "checked_vectors", "moved_by", "weight_disentanglement_error"]
 

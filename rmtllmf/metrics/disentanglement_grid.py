@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._call import WithState, check_model
 from .._state import StateLike, Tensors, finite_number
 from .._tasks import Task, Tasks, device_of, mode, named_tasks, pairs
 from ..errors import InputError
-from ._call import WithState, check_model
 from .disentanglement import checked_vectors, moved_by
 
 __all__ = ["DisentanglementGrid", "disentanglement_grid"]

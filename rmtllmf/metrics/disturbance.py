@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._call import WithState, check_model, state_of
 from .._random import Seed, seed_number
 from .._state import StateLike, finite_number, whole_number
 from .._tasks import Head, device_of, mode, moved
 from ..errors import InputError
-from ._call import WithState, check_model, state_of
 from ._exact import exact_deviations
 from ._inputs import batch_size
 from ._jvp import jvp_deviations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..taskvec._spectral import gram
+from ..taskvec.rules._spectral import gram
 
 HIDDEN = 1e6  # largest eigenvalue of a Gram matrix over the noise's, from which rounding of it would be seen
 EQUAL = 1e-9  # relative difference of variances, or correlation, that is rounding

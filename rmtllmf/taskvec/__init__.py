@@ -7,23 +7,23 @@ one update; ``update.apply_to(base)`` makes the multi-task model. Every rule tak
 from ._options import FusionOptions
 from .adapters import adapter_vector
 from .aligned import aligned
-from .arithmetic import heuristic_scale, task_arithmetic
-from .consensus import consensus, tall_masks
-from .dare import dare
 from .fuse import fuse
 from .fuse_files import fuse_files
-from .geometric_median import geometric_median
-from .iso_c import iso_c
-from .lines import lines
 from .low_rank import LowRank, low_rank
-from .median import coordinate_median
-from .multi_krum import krum_scores, multi_krum
-from .norm_clipping import norm_clipping
-from .ties import ties
-from .trimmed_mean import trimmed_mean
-from .tsv import tsv
+from .rules.arithmetic import heuristic_scale, task_arithmetic
+from .rules.consensus import consensus, tall_masks
+from .rules.dare import dare
+from .rules.geometric_median import geometric_median
+from .rules.iso_c import iso_c
+from .rules.lines import lines
+from .rules.median import coordinate_median
+from .rules.multi_krum import krum_scores, multi_krum
+from .rules.norm_clipping import norm_clipping
+from .rules.ties import ties
+from .rules.trimmed_mean import trimmed_mean
+from .rules.tsv import tsv
+from .rules.weighted_average import weighted_average
 from .vector import TaskVector
-from .weighted_average import weighted_average
 
 __all__ = [
     "FusionOptions",

@@ -15,7 +15,7 @@ from ..errors import InputError, StateMismatchError
 from ._options import checked_dtype
 from ._sinks import Applied, Memory, Sink
 from ._sources import Base, Difference, Source, Stored, source_of
-from .arithmetic import task_arithmetic
+from .rules.arithmetic import task_arithmetic
 from .vector import TaskVector
 
 __all__ = ["fuse"]

@@ -21,8 +21,8 @@ from ._noisy import mse_of, noisy
 from ._options import checked_dtype
 from ._sinks import Applied
 from ._sources import Base, Difference, Source, check_same
-from .arithmetic import task_arithmetic
 from .fuse import is_ours, listed, run
+from .rules.arithmetic import task_arithmetic
 
 __all__ = ["fuse_files"]
 

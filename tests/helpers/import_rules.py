@@ -6,7 +6,18 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-PRIVATE = ("errors", "_arrays", "_state", "_random", "_tasks", "_classifier", "_threads", "_sharded", "_coefficients")
+PRIVATE = (
+    "errors",
+    "_arrays",
+    "_state",
+    "_random",
+    "_tasks",
+    "_call",
+    "_classifier",
+    "_threads",
+    "_sharded",
+    "_coefficients",
+)
 """Shared foundations: they import each other and nothing else of the library."""
 
 MAY_IMPORT = {

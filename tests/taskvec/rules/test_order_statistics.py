@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import rmtllmf.taskvec._sorting as sorting
+import rmtllmf.taskvec.rules._sorting as sorting
 from rmtllmf.errors import InputError, NonFiniteError
 from rmtllmf.taskvec import coordinate_median, task_arithmetic, trimmed_mean
-from rmtllmf.taskvec._sorting import network
+from rmtllmf.taskvec.rules._sorting import network
 
 
 def run(comparators, wires):

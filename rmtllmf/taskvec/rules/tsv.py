@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._state import Tensors, finite_number
-from ._engine import Fusion
-from ._options import FusionOptions
+from ..._state import Tensors, finite_number
+from .._engine import Fusion
+from .._options import FusionOptions
+from ..vector import TaskVector
 from ._spectral import averaged, leading, polar, rounding_level, scaled
-from .vector import TaskVector
 
 __all__ = ["tsv"]
 

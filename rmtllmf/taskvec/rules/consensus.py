@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._state import Tensors, all_finite, check_keys, finite_number, heuristic_scale, is_bendable, whole_number
-from ..errors import InputError, NonFiniteError, ShapeError, StateMismatchError
-from ._engine import Fusion, Piece
-from ._options import FusionOptions, Weights
-from ._sources import Source, source_of
-from .vector import TaskVector
+from ..._state import Tensors, all_finite, check_keys, finite_number, heuristic_scale, is_bendable, whole_number
+from ...errors import InputError, NonFiniteError, ShapeError, StateMismatchError
+from .._engine import Fusion, Piece
+from .._options import FusionOptions, Weights
+from .._sources import Source, source_of
+from ..vector import TaskVector
 
 __all__ = ["consensus", "tall_masks"]
 

@@ -8,13 +8,13 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from .._sharded import is_sharded, local, same_layout
-from .._state import Tensors, as_state, check_finite, check_keys, finite_number, identity, is_bendable, quoted
-from ..errors import InputError, StateMismatchError
+from ..._sharded import is_sharded, local, same_layout
+from ..._state import Tensors, as_state, check_finite, check_keys, finite_number, identity, is_bendable, quoted
+from ...errors import InputError, StateMismatchError
+from .._sinks import check_out
+from .._sources import Spec
+from ..vector import TaskVector
 from ._depths import relative_depths
-from ._sinks import check_out
-from ._sources import Spec
-from .vector import TaskVector
 
 __all__ = ["lines"]
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from rmtllmf.errors import InputError, NonFiniteError, StateMismatchError
 from rmtllmf.taskvec import TaskVector, lines
-from rmtllmf.taskvec._depths import relative_depths
+from rmtllmf.taskvec.rules._depths import relative_depths
 
 SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
 T5 = {"d_model": 8, "d_ff": 8, "num_heads": 2, "d_kv": 4, "vocab_size": 20, "decoder_start_token_id": 0}

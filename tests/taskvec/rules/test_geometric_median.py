@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rmtllmf.errors import ConvergenceError, InputError, NonFiniteError
 from rmtllmf.taskvec import coordinate_median, geometric_median
-from rmtllmf.taskvec._fermat_weber import gram_from, optimal_weights
+from rmtllmf.taskvec.rules._fermat_weber import gram_from, optimal_weights
 
 
 def solve(x, **options):

@@ -1,4 +1,4 @@
-"""What the metrics share: predictions, and calls of a model with other parameters than its own."""
+"""What metrics and learned rules share: predictions, and calls of a model with other parameters than its own."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .._state import StateLike, Tensors, as_state, check_keys, check_shapes, identity
-from .._tasks import Head, forward, logits_of
-from ..errors import NonFiniteError, ShapeError, StateMismatchError
+from ._state import StateLike, Tensors, as_state, check_keys, check_shapes, identity
+from ._tasks import Head, forward, logits_of
+from .errors import NonFiniteError, ShapeError, StateMismatchError
 
 __all__ = ["WithState", "check_model", "checked_rows", "logit_matrix", "predictions", "state_of"]
 

@@ -7,12 +7,12 @@ from statistics import median
 
 from typing_extensions import Unpack
 
-from .._state import Tensors, finite_number
+from ..._state import Tensors, finite_number
+from .._engine import Fusion
+from .._options import FusionOptions
+from ..vector import TaskVector
 from ._distances import squared_norms
-from ._engine import Fusion
 from ._linear import weighted_sum
-from ._options import FusionOptions
-from .vector import TaskVector
 
 __all__ = ["norm_clipping"]
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 from typing_extensions import Unpack
 
-from .._state import Tensors
-from ..errors import InputError
-from ._engine import Fusion
+from ..._state import Tensors
+from ...errors import InputError
+from .._engine import Fusion
+from .._options import FusionOptions, plain_number
+from ..vector import TaskVector
 from ._linear import weighted_sum
-from ._options import FusionOptions, plain_number
-from .vector import TaskVector
 
 __all__ = ["weighted_average"]
 

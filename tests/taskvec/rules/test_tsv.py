@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmtllmf.errors import InputError
-from rmtllmf.taskvec import _spectral, tsv
+from rmtllmf.taskvec import tsv
+from rmtllmf.taskvec.rules import _spectral
 
-tsv_module = importlib.import_module("rmtllmf.taskvec.tsv")
+tsv_module = importlib.import_module("rmtllmf.taskvec.rules.tsv")
 
 
 def normal(*shape, seed=0, dtype=torch.float64):

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 
 from typing_extensions import Unpack
 
-from .._state import Tensors, finite_number, whole_number
+from ..._state import Tensors, finite_number, whole_number
+from .._engine import Fusion
+from .._options import FusionOptions
+from ..vector import TaskVector
 from ._distances import gram_around, squared_distances
-from ._engine import Fusion
 from ._fermat_weber import gram_from, most_central, optimal_weights
 from ._linear import weighted_sum
-from ._options import FusionOptions
-from .vector import TaskVector
 
 __all__ = ["geometric_median"]
 

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConvergenceError
+from ...errors import ConvergenceError
 
 Array: TypeAlias = NDArray[Any]
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from typing_extensions import Unpack
 
-from .._state import Tensors, finite_number
-from ._engine import Fusion
-from ._options import FusionOptions
+from ..._state import Tensors, finite_number
+from .._engine import Fusion
+from .._options import FusionOptions
+from ..vector import TaskVector
 from ._sorting import mean_of_ranks
-from .vector import TaskVector
 
 __all__ = ["coordinate_median"]
 

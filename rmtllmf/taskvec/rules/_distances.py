@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from . import _engine
-from ._engine import Fusion, Piece
+from ...errors import InputError
+from .. import _engine
+from .._engine import Fusion, Piece
 
 CHUNK = 1 << 15  # entries: eight vectors and their differences take 4 MB in float64; shorter ones cost more calls
 CHUNK_ON_DEVICE = 1 << 20

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rmtllmf.taskvec._engine as engine
-import rmtllmf.taskvec._selection as selection
+import rmtllmf.taskvec.rules._selection as selection
 from rmtllmf.taskvec import ties
 from rmtllmf.taskvec._engine import Fusion
-from rmtllmf.taskvec._selection import how_many, largest
 from rmtllmf.taskvec._sources import Source, Stored
+from rmtllmf.taskvec.rules._selection import how_many, largest
 
 NAMES = ("a", "b", "c")
 
@@ -193,7 +193,7 @@ def test_no_piece_collects_more_than_it_should(monkeypatch):
 def test_equal_magnitudes_in_a_long_piece_are_looked_for_once(monkeypatch):
     """A tensor that is made as a whole is one piece of many blocks: not every block may go through all of it."""
     looked = []
-    monkeypatch.setattr(importlib.import_module("rmtllmf.taskvec.ties"), "BLOCK", 10)
+    monkeypatch.setattr(importlib.import_module("rmtllmf.taskvec.rules.ties"), "BLOCK", 10)
     search = selection.Cut._end
     monkeypatch.setattr(selection.Cut, "_end", lambda self, *a: looked.append(0) or search(self, *a))
     vectors = [

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._state import Tensors, all_finite, finite_number
-from ..errors import InputError
-from ._engine import BLOCK, Fusion, Piece
-from ._options import FusionOptions
+from ..._state import Tensors, all_finite, finite_number
+from ...errors import InputError
+from .._engine import BLOCK, Fusion, Piece
+from .._options import FusionOptions
+from ..vector import TaskVector
 from ._selection import Cut, largest
-from .vector import TaskVector
 
 __all__ = ["ties"]
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmtllmf.errors import InputError
-from rmtllmf.taskvec import _spectral, iso_c
+from rmtllmf.taskvec import iso_c
+from rmtllmf.taskvec.rules import _spectral
 
 
 def normal(*shape, seed=0, dtype=torch.float64):

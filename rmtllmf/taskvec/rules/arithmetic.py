@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from typing_extensions import Unpack
 
-from .._state import Tensors, heuristic_scale
-from ._engine import Fusion
+from ..._state import Tensors, heuristic_scale
+from .._engine import Fusion
+from .._options import FusionOptions, plain_number
+from ..vector import TaskVector
 from ._linear import weighted_sum
-from ._options import FusionOptions, plain_number
-from .vector import TaskVector
 
 __all__ = ["heuristic_scale", "task_arithmetic"]
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._state import extrema
-from ._engine import Piece
+from ..._state import extrema
+from .._engine import Piece
 
 # Least shares of the largest eigenvalue of a Gram matrix for which ...
 FLOAT32_GRAM = 2e-3  # ... directions through it in float32 are good enough for a polar factor

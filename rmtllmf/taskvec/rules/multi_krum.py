@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._state import Tensors, finite_number, whole_number
-from ..errors import InputError
+from ..._state import Tensors, finite_number, whole_number
+from ...errors import InputError
+from .._engine import Fusion
+from .._options import FusionOptions, Weights
+from ..vector import TaskVector
 from ._distances import squared_distances
-from ._engine import Fusion
 from ._linear import weighted_sum
-from ._options import FusionOptions, Weights
-from .vector import TaskVector
 
 __all__ = ["krum_scores", "multi_krum"]
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._state import all_finite
-from ._engine import Fusion, Piece
-from .vector import TaskVector
+from ..._state import all_finite
+from .._engine import Fusion, Piece
+from ..vector import TaskVector
 
 CHUNK = 1 << 16  # entries: the wires of eight vectors stay in the cache of a core
 CHUNK_ON_DEVICE = 1 << 24

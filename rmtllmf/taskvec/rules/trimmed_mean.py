@@ -7,12 +7,12 @@ from collections.abc import Iterable
 
 from typing_extensions import Unpack
 
-from .._state import Tensors, finite_number, whole_number
-from ..errors import InputError
-from ._engine import Fusion
-from ._options import FusionOptions
+from ..._state import Tensors, finite_number, whole_number
+from ...errors import InputError
+from .._engine import Fusion
+from .._options import FusionOptions
+from ..vector import TaskVector
 from ._sorting import mean_of_ranks
-from .vector import TaskVector
 
 __all__ = ["trimmed_mean"]
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .._state import all_finite
-from ..errors import InputError
-from ._engine import Fusion, Piece
-from ._sinks import Memory
-from ._sources import Stored
-from .vector import TaskVector
+from ..._state import all_finite
+from ...errors import InputError
+from .._engine import Fusion, Piece
+from .._sinks import Memory
+from .._sources import Stored
+from ..vector import TaskVector
 
 
 def weighted_sum(fusion: Fusion, coefficients: Callable[[str], Sequence[float]]) -> TaskVector:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._random import Seed, reseed, seed_number
-from .._state import Tensors, finite_number
-from ..errors import InputError
-from ._sources import Source, Stored, sources_of
+from ..._random import Seed, reseed, seed_number
+from ..._state import Tensors, finite_number
+from ...errors import InputError
+from .._sources import Source, Stored, sources_of
+from ..vector import TaskVector
 from .arithmetic import task_arithmetic
-from .vector import TaskVector
 
 __all__ = ["dare"]
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._threads import share_out
-from ._engine import BLOCK, Fusion, Piece
-from ._sources import Source, Stored
+from ..._threads import share_out
+from .._engine import BLOCK, Fusion, Piece
+from .._sources import Source, Stored
 
 DEVIATIONS = 3.5  # standard deviations of the sample's quantile between the threshold and the ends of its bracket
 SAMPLE = 1 << 10  # entries of a sample at least; groups not much larger are collected as a whole
