@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
 from .._arrays import ArrayLike
+from .._sample_gradients import Loss, SampleGradients, parameters_of, under_all_names
 from .._state import Tensors, finite_number, heuristic_scale, quoted
-from .._tasks import Head, Tasks, as_tasks, device_of, logits_of, mode, pairs
+from .._tasks import Tasks, as_tasks, device_of, mode, pairs
 from ..channel import Reception
-from ..errors import InputError, NonFiniteError, ShapeError, StateMismatchError
+from ..errors import InputError, NonFiniteError, StateMismatchError
 from ._energy import energy_of
 from ._noise import KnownNoise, Scale
-from ._plan import Loss
 from .shrink import Sensitivity, sensitivities
 
 __all__ = ["harmful_keys", "squared_gradients"]
-
-_ENTRIES = 1 << 28  # of gradients held at once: 1 GiB in float32
 
 
 def harmful_keys(
@@ -222,107 +217,31 @@ def squared_gradients(
     if not callable(loss):
         raise TypeError(f"loss: expected a function (logits, targets) -> number, got {type(loss).__name__}")
     tasks = as_tasks(tasks_or_batches, "tasks_or_batches")
-    parameters = {name: p.detach() for name, p in model.named_parameters() if p.is_floating_point()}
-    if not any(p.numel() for p in parameters.values()):
-        raise InputError("model: expected floating-point parameters, found none")
-    squares = _Squares(model, parameters, loss)
+    parameters, rest = parameters_of(model)
+    gradients = SampleGradients(model, parameters, loss, rest)
     means = dict.fromkeys(parameters, 0.0)
     with mode(False, model, *(task.head for task in tasks.values())):
         for name, task in tasks.items():
             argument = f"tasks_or_batches[{name!r}]" if name else "tasks_or_batches"
             samples, sums = 0, dict.fromkeys(parameters, 0.0)
-            for inputs, targets in pairs(task.batches, argument, device_of(model)):
-                samples += squares.add(task.head, (inputs, targets), sums, argument)
+            for batch in pairs(task.batches, argument, device_of(model)):
+                count, squares = gradients.of(task.head, batch, _squares, argument)
+                samples += count
+                for key, total in squares.items():
+                    if not math.isfinite(total):
+                        raise NonFiniteError(f"the gradient of {key!r} is not finite for the samples of {argument}")
+                    sums[key] += total
             if not samples:
                 raise InputError(f"{argument}: expected at least one sample, got batches of none")
             for key, total in sums.items():
                 means[key] += total / samples / max(1, parameters[key].numel()) / len(tasks)
-    names = {id(p): name for name, p in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
-    return {name: means[names[id(p)]] for name, p in every if p.is_floating_point()}
+    return under_all_names(model, means)
 
 
-class _Squares:
-    """Sums of squared derivatives over the samples of batches."""
-
-    def __init__(self, model: nn.Module, parameters: dict[str, Tensor], loss: Loss) -> None:
-        self.model, self.parameters, self.loss = model, parameters, loss
-        self.chunk = _ENTRIES // sum(p.numel() for p in parameters.values())
-        self.together = self.chunk > 1
-
-    def add(self, head: Head | None, batch: tuple[Any, Any], sums: dict[str, float], argument: str) -> int:
-        """To `sums`; returns the number of samples."""
-        tensors: list[Tensor] = []
-        _each(lambda tensor: tensors.append(tensor) or tensor, batch)  # type: ignore[func-returns-value]
-        sizes = {len(tensor) for tensor in tensors}
-        if len(sizes) != 1:
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors) or "no tensors"
-            raise ShapeError(f"{argument}: expected tensors with one sample in each row, got shapes {shapes}")
-        (samples,) = sizes
-
-        def value(parameters: dict[str, Tensor], *rows: Tensor) -> Tensor:
-            left = iter(rows)
-            return self._value(head, parameters, *_each(lambda _: next(left).unsqueeze(0), batch))
-
-        found = None
-        if self.together:
-            try:
-                found = self._total(self._vmapped(value, tensors, samples))
-            except Exception:  # whatever it is: if it is not the transformation's, the loop raises it again
-                self.together = False
-        if found is None:
-            found = self._total(self._looped(value, tensors, samples))
-        for key, total in found.items():
-            if not math.isfinite(total):
-                raise NonFiniteError(f"the gradient of {key!r} is not finite for the samples of {argument}")
-            sums[key] += total
-        return samples
-
-    def _vmapped(self, value: Callable[..., Tensor], tensors: list[Tensor], samples: int) -> Iterator[Tensors]:
-        gradients = vmap(grad(value), in_dims=(None, *[0] * len(tensors)))
-        for start in range(0, samples, self.chunk):
-            with warnings.catch_warnings(), torch.no_grad():  # no graph beyond that of `grad` itself
-                warnings.filterwarnings("ignore", message="There is a performance drop")
-                found = gradients(self.parameters, *(tensor[start : start + self.chunk] for tensor in tensors))
-            yield found
-
-    def _looped(self, value: Callable[..., Tensor], tensors: list[Tensor], samples: int) -> Iterator[Tensors]:
-        leaves = {key: p.detach().requires_grad_() for key, p in self.parameters.items()}  # the same memory
-        for i in range(samples):
-            with torch.enable_grad():
-                number = value(leaves, *(tensor[i] for tensor in tensors))
-            found: Iterable[Tensor | None] = [None] * len(leaves)
-            if number.requires_grad:
-                found = torch.autograd.grad(number, list(leaves.values()), allow_unused=True)
-            yield {key: g for key, g in zip(leaves, found, strict=True) if g is not None}
-
-    def _total(self, gradients: Iterator[Tensors]) -> dict[str, float]:
-        totals: dict[str, Tensor] = {}
-        for found in gradients:
-            for key, g in found.items():
-                square = torch.linalg.vector_norm(g, dtype=torch.float64) ** 2
-                totals[key] = totals[key] + square if key in totals else square
-        return {key: float(total) for key, total in totals.items()}
-
-    def _value(self, head: Head | None, parameters: dict[str, Tensor], inputs: Any, targets: Any) -> Tensor:
-        state = {**{name: buffer.clone() for name, buffer in self.model.named_buffers()}, **parameters}
-        logits = logits_of(lambda *args, **kwargs: functional_call(self.model, state, args, kwargs), head, inputs)
-        number = self.loss(logits, targets)
-        if not isinstance(number, Tensor):
-            raise TypeError(f"loss: expected a tensor, got {type(number).__name__}")
-        if number.numel() != 1:
-            raise ShapeError(f"loss: expected one number, got shape {tuple(number.shape)}; reduce it with a mean")
-        return number.reshape(())
-
-
-def _each(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """`value` with the function's results for its tensors, but for single numbers."""
-    if isinstance(value, Tensor):
-        return function(value) if value.ndim else value
-    if isinstance(value, Mapping):
-        return {key: _each(function, item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_each(function, item) for item in value))
-    if isinstance(value, tuple | list):
-        return type(value)(_each(function, item) for item in value)
-    return value
+def _squares(gradients: Iterator[Tensors]) -> dict[str, float]:
+    totals: dict[str, Tensor] = {}
+    for found in gradients:
+        for key, g in found.items():
+            square = torch.linalg.vector_norm(g, dtype=torch.float64) ** 2
+            totals[key] = totals[key] + square if key in totals else square
+    return {key: float(total) for key, total in totals.items()}

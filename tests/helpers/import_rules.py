@@ -17,6 +17,7 @@ PRIVATE = (
     "_threads",
     "_sharded",
     "_coefficients",
+    "_sample_gradients",
 )
 """Shared foundations: they import each other and nothing else of the library."""
 

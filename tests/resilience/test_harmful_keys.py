@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
+from rmtllmf._sample_gradients import SampleGradients
 from rmtllmf.channel import Reception, UplinkScenario, sic, strongest_user_covariance, transmit
 from rmtllmf.errors import InputError, NonFiniteError, NotPSDError, ShapeError, StateMismatchError
 from rmtllmf.resilience import embedding_keys, resilient_fusion, restore
@@ -431,15 +432,15 @@ def assert_as_before(model, before):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("path", ["together", "in threes", "one by one"])
 def test_gradients_are_those_of_a_loop_by_hand(name, path, monkeypatch):
-    source = sys.modules[harmful_keys.__module__]
+    source = sys.modules[SampleGradients.__module__]
     model, inputs = double(name)
     size = sum(p.numel() for p in model.parameters())
     if path != "together":
-        monkeypatch.setattr(source, "_ENTRIES", (3 if path == "in threes" else 1) * size)
+        monkeypatch.setattr(source, "ENTRIES", (3 if path == "in threes" else 1) * size)
     if path == "one by one":
-        monkeypatch.setattr(source._Squares, "_vmapped", lambda *_: pytest.fail("together"))
+        monkeypatch.setattr(SampleGradients, "_vmapped", lambda *_: pytest.fail("together"))
     elif name != "steered":
-        monkeypatch.setattr(source._Squares, "_looped", lambda *_: pytest.fail("sample by sample"))
+        monkeypatch.setattr(SampleGradients, "_looped", lambda *_: pytest.fail("sample by sample"))
     want = by_hand(model, None, inputs, TARGETS)
     found = squared_gradients(model, [(inputs, TARGETS)])
     assert list(found) == list(want)
