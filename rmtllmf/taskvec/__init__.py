@@ -9,16 +9,24 @@ from .adapters import adapter_vector
 from .aligned import aligned
 from .fuse import fuse
 from .fuse_files import fuse_files
+from .learned.adamerging import adamerging, adamerging_coefficients
+from .learned.snip_scores import snip_scores
+from .learned.weights import LearnedWeights
 from .low_rank import LowRank, low_rank
+from .masked_vectors import MaskedVectors
 from .rules.arithmetic import heuristic_scale, task_arithmetic
+from .rules.breadcrumbs import breadcrumbs
 from .rules.consensus import consensus, tall_masks
 from .rules.dare import dare
+from .rules.emr import emr, emr_unified
 from .rules.geometric_median import geometric_median
 from .rules.iso_c import iso_c
+from .rules.led_merging import led_masks, led_merging
 from .rules.lines import lines
 from .rules.median import coordinate_median
 from .rules.multi_krum import krum_scores, multi_krum
 from .rules.norm_clipping import norm_clipping
+from .rules.tall_compression import tall_compression
 from .rules.ties import ties
 from .rules.trimmed_mean import trimmed_mean
 from .rules.tsv import tsv
@@ -27,23 +35,34 @@ from .vector import TaskVector
 
 __all__ = [
     "FusionOptions",
+    "LearnedWeights",
     "LowRank",
+    "MaskedVectors",
     "TaskVector",
+    "adamerging",
+    "adamerging_coefficients",
     "adapter_vector",
     "aligned",
+    "breadcrumbs",
     "consensus",
     "coordinate_median",
     "dare",
+    "emr",
+    "emr_unified",
     "fuse",
     "fuse_files",
     "geometric_median",
     "heuristic_scale",
     "iso_c",
     "krum_scores",
+    "led_masks",
+    "led_merging",
     "lines",
     "low_rank",
     "multi_krum",
     "norm_clipping",
+    "snip_scores",
+    "tall_compression",
     "tall_masks",
     "task_arithmetic",
     "ties",

@@ -1,0 +1,31 @@
+"""What iterative rules find: what every tensor of every vector is multiplied by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["LearnedWeights"]
+
+
+@dataclass(frozen=True)
+class LearnedWeights:
+    """Weights of task vectors that were learned from data.
+
+    Attributes:
+        weights: name -> a number for each vector, for the option `weights` of any linear rule.
+        losses: the mean loss over the tasks before each step, one number a step.
+        gaps: of Frank-Wolfe merging, before each step: the linear model of the loss promises no more than this; empty
+            for other rules.
+
+    Example:
+        >>> import torch
+        >>> from rmtllmf.taskvec import task_arithmetic
+        >>> found = LearnedWeights({"w": (0.5, 0.25)}, losses=(0.7, 0.6))
+        >>> dict(task_arithmetic([{"w": torch.ones(1)}, {"w": torch.ones(1)}], 1.0, weights=found.weights))
+        {'w': tensor([0.7500])}
+    """
+
+    weights: Mapping[str, tuple[float, ...]]
+    losses: tuple[float, ...]
+    gaps: tuple[float, ...] = ()
