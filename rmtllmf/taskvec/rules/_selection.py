@@ -80,10 +80,13 @@ def how_many(density: float, size: int) -> int:
     return min(size, max(1, math.floor(exact)))
 
 
-def largest(fusion: Fusion, groups: Sequence[Sequence[str]], density: float) -> dict[str, list[Cut]]:
+def largest(
+    fusion: Fusion, groups: Sequence[Sequence[str]], density: float | Callable[[int], int]
+) -> dict[str, list[Cut]]:
     """For each name a cut of each vector, so that the share `density` of every group of names is kept.
 
-    The entries of a group are in the flat order of its sorted names: of those equal to the threshold the first stay.
+    Instead of a share a function may say how many of n entries are kept, between 1 and n. The entries of a group are in
+    the flat order of its sorted names: of those equal to the threshold the first stay.
     """
     cuts: dict[str, list[Cut]] = {}
     filled = [sorted(group) for group in groups if any(fusion.specs[key].size for key in group)]
@@ -128,11 +131,11 @@ class _Census(NamedTuple):
 class _Batch:
     """Groups of names whose thresholds are looked for together."""
 
-    def __init__(self, fusion: Fusion, groups: list[list[str]], density: float) -> None:
+    def __init__(self, fusion: Fusion, groups: list[list[str]], density: float | Callable[[int], int]) -> None:
         self.fusion, self.groups = fusion, groups
         self.group = {key: index for index, keys in enumerate(groups) for key in keys}
         self.size = [sum(fusion.specs[key].size for key in keys) for keys in groups]
-        self.kept = [how_many(density, size) for size in self.size]
+        self.kept = [density(size) if callable(density) else how_many(density, size) for size in self.size]
         kinds = [{fusion.compute[key] for key in keys} for keys in groups]
         self.dtype = [torch.float64 if torch.float64 in kind else torch.float32 for kind in kinds]
 

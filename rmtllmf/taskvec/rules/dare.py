@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..._state import Tensors, finite_number
 from ...errors import InputError
 from .._sources import Source, Stored, sources_of
 from ..vector import TaskVector
+from ._pruned import Pruned
 from .arithmetic import task_arithmetic
 
 __all__ = ["dare"]
@@ -78,29 +79,14 @@ def dare(
     return rule(sources, **options)
 
 
-class Dropped(Source):
+class Dropped(Pruned):
     """A task vector with entries dropped at random and the rest rescaled, never held as a whole."""
 
     def __init__(self, inner: Source, index: int, masks: _Masks) -> None:
-        self.label, self.specs, self.wants_gradient = inner.label, inner.specs, inner.wants_gradient
-        self.inner, self.index, self.masks = inner, index, masks
+        super().__init__(inner)
+        self.index, self.masks = index, masks
         first: dict[Hashable, str] = {}
         self._name = {key: first.setdefault(inner.identity(key), key) for key in sorted(inner.specs)}
-
-    def template(self, key: str) -> Tensor | None:
-        return self.inner.template(key)
-
-    def in_memory(self) -> Iterator[Stored]:
-        return self.inner.in_memory()
-
-    def sliceable(self, key: str) -> bool:
-        return self.inner.sliceable(key)
-
-    def identity(self, key: str) -> Hashable:
-        return (id(self), self.inner.identity(key))
-
-    def read(self, key: str, start: int, stop: int, buffer: Tensor) -> Tensor:
-        return self._pruned(key, start, self.inner.read(key, start, stop, buffer), buffer)
 
     def whole(self, key: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
         if not (self.wants_gradient and torch.is_grad_enabled()):
@@ -110,11 +96,10 @@ class Dropped(Source):
         given = given.to(device=device, dtype=dtype or self.specs[key].calculated_in)
         with torch.no_grad():
             factor = torch.ones_like(given).reshape(-1)
-            self._pruned(key, 0, factor, factor)
+            self.pruned(key, 0, factor, factor)
         return given * factor.view(given.shape)
 
-    def _pruned(self, key: str, start: int, part: Tensor, buffer: Tensor) -> Tensor:
-        """`part`, entries from `start` on, dropped or rescaled; written to `buffer`, which may be the same memory."""
+    def pruned(self, key: str, start: int, part: Tensor, buffer: Tensor) -> Tensor:
         stop = start + len(part)
         for chunk in range(start // CHUNK, -(-stop // CHUNK)):
             left, right = max(start, chunk * CHUNK), min(stop, (chunk + 1) * CHUNK)

@@ -1,0 +1,62 @@
+"""Rules that remove or weigh entries beside mergekit's and FusionBench's, interleaved in one run.
+
+Run with ``python -m pytest tests/benchmarks/test_sparse.py -s`` where the peers are installed. Two threads; eight task
+vectors with the shapes of ViT-B/16's visual tower, of which RMTLLMF_BENCH_BLOCKS (2; the model has 12) blocks are taken
+and medians of RMTLLMF_BENCH_REPETITIONS (3). Ratios are printed; only values are asserted.
+"""
+
+import os
+
+import pytest
+import torch
+
+from helpers.timing import interleaved
+from rmtllmf.taskvec import breadcrumbs
+
+pytestmark = pytest.mark.usefixtures("two_threads")
+
+BLOCKS = int(os.environ.get("RMTLLMF_BENCH_BLOCKS", 2))
+REPETITIONS = int(os.environ.get("RMTLLMF_BENCH_REPETITIONS", 3))
+
+
+def shapes():
+    found = {"conv1": (768, 3, 16, 16), "positions": (197, 768), "proj": (768, 512)}
+    for block in range(BLOCKS):
+        found |= {f"{block}.in": (2304, 768), f"{block}.out": (768, 768)}
+        found |= {f"{block}.fc": (3072, 768), f"{block}.proj": (768, 3072), f"{block}.bias": (3072,)}
+    return found
+
+
+def towers(count=8, common=0.0):
+    """Gaussian entries, to which all have added `common` times the same ones."""
+    draw = torch.Generator().manual_seed(0)
+    shared = {key: torch.randn(shape, generator=draw) for key, shape in shapes().items()}
+    return [
+        {key: common * shared[key] + torch.randn(shape, generator=draw) for key, shape in shapes().items()}
+        for _ in range(count)
+    ]
+
+
+def compare(name, ours, theirs):
+    """Prints times and their ratio; the largest difference relative to the largest entry, tensor by tensor."""
+    mine, other = interleaved(ours, theirs, repetitions=REPETITIONS)
+    found, expected = ours(), theirs()
+    apart = max(float((found[k] - expected[k]).abs().max() / expected[k].abs().max()) for k in expected)
+    differ = sum(int((~torch.isclose(found[k], expected[k], rtol=1e-4, atol=1e-6)).sum()) for k in expected)
+    print(f"\n{name}: {mine:.3f} s against {other:.3f} s, {other / mine:.1f} times as fast; ", end="")
+    print(f"{differ} of {sum(t.numel() for t in expected.values()):,} entries differ, by {apart:.1e} at most")
+    return differ, apart
+
+
+def test_breadcrumbs():
+    peer = pytest.importorskip("mergekit.sparsify")
+    vectors = towers()
+
+    def theirs():
+        return {
+            key: 0.3 * sum(peer.magnitude_outliers(vector[key], density=0.143, gamma=0.007) for vector in vectors)
+            for key in vectors[0]
+        }
+
+    differ, _ = compare("breadcrumbs, mergekit", lambda: breadcrumbs(vectors, 0.85, 0.007, scale=0.3), theirs)
+    assert differ <= 2 * len(vectors) * len(vectors[0])  # it rounds the number kept, we the numbers removed
