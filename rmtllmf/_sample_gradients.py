@@ -26,16 +26,16 @@ def parameters_of(model: nn.Module, state: StateLike | None = None) -> tuple[dic
 
     With `state` the values are those; they must fit the model, and entries that are tied in it be equal.
     """
-    own = model.state_dict(keep_vars=True)
-    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     if not any(p.numel() for p in parameters.values()):
         raise InputError("model: expected floating-point parameters, found none")
     buffers: dict[str, Tensor] = dict(model.named_buffers())
-    others = {name: p for name, p in model.named_parameters() if name not in parameters}
+    others: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if name not in parameters}
     if state is not None:
-        given = WithState(model, state_of(model, state, "state")).state
+        given = state_of(model, state, "state")
+        WithState(model, given)  # raises where ties are broken
         parameters = {name: given[name] for name in parameters}
-        buffers |= {name: given[name] for name in buffers if name in own and name in given}
+        buffers |= {name: given[name] for name in buffers if name in given}
         others = {name: given[name] for name in others}
     return {name: p.detach() for name, p in parameters.items()}, {**buffers, **others}
 

@@ -14,6 +14,10 @@ from .learned.snip_scores import snip_scores
 from .learned.weights import LearnedWeights
 from .low_rank import LowRank, low_rank
 from .masked_vectors import MaskedVectors
+from .routed.load_routed import load_routed
+from .routed.smile import SmileLinear, smile
+from .routed.train_router import Router, RouterTraining, train_router
+from .routed.twin_merging import TwinLinear, TwinMerged, twin_merging
 from .rules.arithmetic import heuristic_scale, task_arithmetic
 from .rules.breadcrumbs import breadcrumbs
 from .rules.consensus import consensus, tall_masks
@@ -38,7 +42,12 @@ __all__ = [
     "LearnedWeights",
     "LowRank",
     "MaskedVectors",
+    "Router",
+    "RouterTraining",
+    "SmileLinear",
     "TaskVector",
+    "TwinLinear",
+    "TwinMerged",
     "adamerging",
     "adamerging_coefficients",
     "adapter_vector",
@@ -58,15 +67,19 @@ __all__ = [
     "led_masks",
     "led_merging",
     "lines",
+    "load_routed",
     "low_rank",
     "multi_krum",
     "norm_clipping",
+    "smile",
     "snip_scores",
     "tall_compression",
     "tall_masks",
     "task_arithmetic",
     "ties",
+    "train_router",
     "trimmed_mean",
     "tsv",
+    "twin_merging",
     "weighted_average",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import secrets
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from .._random import Seed, seed_number
+from .._sharded import full
 from .._state import Tensors
 from ..errors import StateMismatchError
 from ._checkpoint import Checkpoint
@@ -150,8 +152,11 @@ def _described(value: Any) -> Any:
         return repr(value)
     if isinstance(value, np.generic):
         return repr(value.item())
-    if isinstance(value, torch.Tensor | np.ndarray):
-        return [str(value.dtype), value.tolist()]
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, torch.Tensor):  # there may be one for each of the model's
+        entries = full(value.detach()).cpu().contiguous().reshape(-1)
+        return [str(value.dtype), list(value.shape), hashlib.sha256(entries.view(torch.uint8).numpy().data).hexdigest()]
     if isinstance(value, Mapping):
         return [[_described(key), _described(item)] for key, item in value.items()]
     if isinstance(value, list | tuple):

@@ -12,15 +12,21 @@ from typing import Any
 
 import torch
 
+from helpers import mask_definitions as masks
 from helpers import robust_definitions as robust
+from helpers import sparse_definitions as sparse
 from helpers import spectral_definitions as spectral
+from helpers import statistics_definitions as statistics
 from helpers import ties_definition
 from rmtllmf.taskvec import (
+    breadcrumbs,
     consensus,
     coordinate_median,
     dare,
+    emr_unified,
     geometric_median,
     iso_c,
+    led_merging,
     multi_krum,
     norm_clipping,
     task_arithmetic,
@@ -74,6 +80,19 @@ ROWS = [
         None,
         premultiplied=False,
     ),
+    Row(
+        "breadcrumbs",
+        partial(breadcrumbs, smallest=0.5, largest=0.1, scale=0.3),
+        each_key(partial(sparse.breadcrumbs, smallest=0.5, largest=0.1, scale=0.3)),
+    ),
+    Row("breadcrumbs with TIES", partial(breadcrumbs, smallest=0.3, largest=0.1, rule=ties, density=1.0), None),
     Row("DARE", partial(dare, seed=0), None, permutable=False),
     Row("DARE with TIES", partial(dare, drop=0.3, seed=0, rule=ties, trim="tensor"), None, permutable=False),
+    Row("LED-Merging", statistics.with_scores(led_merging), statistics.led_of_sizes),
+    Row(
+        "LED-Merging of neurons",
+        statistics.with_scores(led_merging, unit="neuron"),
+        partial(statistics.led_of_sizes, neurons=True),
+    ),
+    Row("EMR, unified", emr_unified, each_key(masks.emr_unified)),
 ]
