@@ -11,6 +11,7 @@ from .fuse import fuse
 from .fuse_files import fuse_files
 from .learned.adamerging import adamerging, adamerging_coefficients
 from .learned.snip_scores import snip_scores
+from .learned.frank_wolfe import frank_wolfe, frank_wolfe_coefficients
 from .learned.weights import LearnedWeights
 from .low_rank import LowRank, low_rank
 from .masked_vectors import MaskedVectors
@@ -22,6 +23,7 @@ from .rules.arithmetic import heuristic_scale, task_arithmetic
 from .rules.breadcrumbs import breadcrumbs
 from .rules.consensus import consensus, tall_masks
 from .rules.dare import dare
+from .rules.della import della
 from .rules.emr import emr, emr_unified
 from .rules.geometric_median import geometric_median
 from .rules.iso_c import iso_c
@@ -56,8 +58,11 @@ __all__ = [
     "consensus",
     "coordinate_median",
     "dare",
+    "della",
     "emr",
     "emr_unified",
+    "frank_wolfe",
+    "frank_wolfe_coefficients",
     "fuse",
     "fuse_files",
     "geometric_median",

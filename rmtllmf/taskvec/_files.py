@@ -1,4 +1,4 @@
-"""Task vectors on disk: safetensors with metadata, written atomically, ties remembered."""
+"""Task vectors on disk, one or several: safetensors with metadata, written atomically, ties remembered."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _KIND = "task_vector"
 _VERSION = "1"
 
 
-def save_tensors(tensors: Tensors, path: str | os.PathLike[str]) -> None:
-    """Write to a temporary file beside `path`, then rename."""
+def save_tensors(tensors: Tensors, path: str | os.PathLike[str], *, kind: str = _KIND) -> None:
+    """Write to a temporary file beside `path`, then rename; `kind` says what the tensors are."""
     from safetensors.torch import save_file
 
     target = _checked(path)
@@ -38,7 +38,7 @@ def save_tensors(tensors: Tensors, path: str | os.PathLike[str]) -> None:
             value = value.clone()  # a view of a larger or shared memory; the format stores whole ones
         storages.add(value.untyped_storage().data_ptr())
         stored[key] = value
-    metadata = {"rmtllmf": _KIND, "version": _VERSION, "tied": json.dumps(tied)}
+    metadata = {"rmtllmf": kind, "version": _VERSION, "tied": json.dumps(tied)}
     folder, name = os.path.split(target)
     temporary = os.path.join(folder, f".{name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # as the umask has it
@@ -53,8 +53,10 @@ def save_tensors(tensors: Tensors, path: str | os.PathLike[str]) -> None:
         raise
 
 
-def load_tensors(path: str | os.PathLike[str], device: torch.device | str) -> dict[str, Tensor]:
-    """What `save_tensors` wrote, ties included; an error for any other safetensors file."""
+def load_tensors(
+    path: str | os.PathLike[str], device: torch.device | str, *, kind: str = _KIND, writer: str = "TaskVector.save"
+) -> dict[str, Tensor]:
+    """What `save_tensors` wrote as `kind`, ties included; an error for any other safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     source = _checked(path)
@@ -63,11 +65,9 @@ def load_tensors(path: str | os.PathLike[str], device: torch.device | str) -> di
     try:
         with safe_open(source, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
-            if metadata.get("rmtllmf") != _KIND:
-                raise InputError(
-                    f"path: {source!r} holds no task vector written by TaskVector.save; for a whole model use "
-                    "TaskVector.between(base, path)"
-                )
+            if metadata.get("rmtllmf") != kind:
+                hint = "; for a whole model use TaskVector.between(base, path)" if kind == _KIND else ""
+                raise InputError(f"path: {source!r} holds no {kind.replace('_', ' ')} written by {writer}{hint}")
             if metadata.get("version") != _VERSION:
                 raise InputError(f"path: {source!r} is of version {metadata.get('version')!r}; expected {_VERSION!r}")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)

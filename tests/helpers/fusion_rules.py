@@ -23,6 +23,7 @@ from rmtllmf.taskvec import (
     consensus,
     coordinate_median,
     dare,
+    della,
     emr_unified,
     geometric_median,
     iso_c,
@@ -87,6 +88,8 @@ ROWS = [
     ),
     Row("breadcrumbs with TIES", partial(breadcrumbs, smallest=0.3, largest=0.1, rule=ties, density=1.0), None),
     Row("DARE", partial(dare, seed=0), None, permutable=False),
+    Row("DELLA", partial(della, window=0.2, seed=0), None, permutable=False),
+    Row("DELLA linear", partial(della, seed=0, by="tensor", rule=task_arithmetic), None, permutable=False),
     Row("DARE with TIES", partial(dare, drop=0.3, seed=0, rule=ties, trim="tensor"), None, permutable=False),
     Row("LED-Merging", statistics.with_scores(led_merging), statistics.led_of_sizes),
     Row(

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..._state import Tensors, all_finite, check_keys, finite_number, heuristic_scale, is_bendable, whole_number
-from ...errors import InputError, NonFiniteError, ShapeError, StateMismatchError
+from ..._state import Tensors, all_finite, finite_number, heuristic_scale, whole_number
+from ...errors import InputError, NonFiniteError, ShapeError
 from .._engine import Fusion, Piece
 from .._options import FusionOptions, Weights
-from .._sources import Source, source_of
+from .._sources import Source
 from ..vector import TaskVector
+from ._companion import companion
 
 __all__ = ["consensus", "tall_masks"]
 
@@ -65,7 +66,7 @@ def consensus(
     """
     factor = None if scale is None else finite_number(scale, "scale")
     fusion = Fusion(vectors, options)
-    election = _Election(fusion, threshold, merged)
+    election = Election(fusion, threshold, merged)
     agreement = whole_number(agreement, "agreement", at_least=0)
     if agreement > fusion.count:
         raise InputError(f"agreement: {agreement} tasks cannot agree, there are {fusion.count}; nothing would be left")
@@ -122,7 +123,7 @@ def tall_masks(
         [[True, True, True], [True, True, False]]
     """
     fusion = Fusion(vectors, {"weights": weights, "skip": skip})
-    election = _Election(fusion, threshold, merged)
+    election = Election(fusion, threshold, merged)
     masks = [
         {key: torch.empty(s.shape, dtype=torch.bool, device=s.device) for key, s in fusion.specs.items()}
         for _ in range(fusion.count)
@@ -139,15 +140,14 @@ def tall_masks(
     return [{key: mask[key] for key in fusion.sources[0].specs if key in mask} for mask in masks]
 
 
-class _Election:
+class Election:
     """The multi-task vector, and what each task elects of it, piece by piece."""
 
     def __init__(self, fusion: Fusion, threshold: Threshold, merged: Tensors | None) -> None:
         self.fusion, self.thresholds = fusion, _thresholds(threshold, fusion.count)
         self.merged: Source | None = None
         if merged is not None:
-            self.merged = source_of(merged, "merged")
-            _check_merged(self.merged, fusion)
+            self.merged = companion(merged, "merged", fusion)
 
     def total(self, piece: Piece, into: Tensor) -> Tensor:
         """The multi-task vector, finite like the vectors, not to be written to; `into` may hold it."""
@@ -168,24 +168,6 @@ class _Election:
         for part, threshold in zip(piece.parts, self.thresholds, strict=True):
             apart = torch.sub(total, part, out=piece.spare(0, len(piece))).abs_().mul_(threshold)
             yield torch.abs(part, out=piece.spare(1, len(piece))) >= apart
-
-
-def _check_merged(merged: Source, fusion: Fusion) -> None:
-    """Raise unless `merged` fits the vectors; what is not fused may be missing."""
-    specs = {**fusion.specs, **{key: fusion.specs[original] for key, original in fusion.alias.items()}}
-    unused = set(fusion.sources[0].specs) - set(specs)
-    check_keys([key for key in merged.specs if key not in unused], specs, "merged", "the vectors")
-    for key, spec in specs.items():
-        if merged.specs[key].shape != spec.shape:
-            raise StateMismatchError(
-                f"merged[{key!r}] has shape {merged.specs[key].shape}; the vectors have {spec.shape}"
-            )
-        if not is_bendable(key, merged.specs[key].dtype):
-            raise StateMismatchError(f"merged[{key!r}] is {merged.specs[key].dtype}; expected floating-point entries")
-    for key, original in fusion.alias.items():
-        tied = merged.identity(key) == merged.identity(original)
-        if not tied and not torch.equal(merged.whole(key), merged.whole(original)):
-            raise StateMismatchError(f"merged: {original!r} and {key!r} are one tensor in the vectors, but differ here")
 
 
 def _thresholds(threshold: Threshold, count: int) -> list[float]:
