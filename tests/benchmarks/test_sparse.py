@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers.timing import interleaved
-from rmtllmf.taskvec import breadcrumbs
+from rmtllmf.taskvec import breadcrumbs, della, task_arithmetic
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -60,3 +60,27 @@ def test_breadcrumbs():
 
     differ, _ = compare("breadcrumbs, mergekit", lambda: breadcrumbs(vectors, 0.85, 0.007, scale=0.3), theirs)
     assert differ <= 2 * len(vectors) * len(vectors[0])  # it rounds the number kept, we the numbers removed
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_della(linear):
+    """Draws are other ones, so that means are compared; how they are equal given the same draws, the tests say."""
+    peer = pytest.importorskip("mergekit.sparsify")
+    elect = pytest.importorskip("mergekit.merge_methods.generalized_task_arithmetic").get_mask
+    vectors = [{key: t for key, t in tower.items() if t.ndim < 3} for tower in towers()]
+    rule = {"rule": task_arithmetic} if linear else {"undecided": "positive"}
+
+    def theirs():
+        merged = {}
+        for key in vectors[0]:
+            rows = torch.stack([peer.della_magprune(v[key], 0.7, 0.07, peer.RescaleNorm.l1) for v in vectors])
+            mask = torch.ones_like(rows) if linear else elect(rows, "sum")
+            merged[key] = (rows * mask).sum(0) / (1 if linear else mask.sum(0).clamp(min=1))
+        return merged
+
+    for rescale in ("probability", "norm"):
+        name = f"DELLA{' linear' if linear else ''} by {rescale}, mergekit"
+        compare(name, lambda rescale=rescale: della(vectors, scale=1.0, seed=0, rescale=rescale, **rule), theirs)
+    found, expected = della(vectors, scale=1.0, seed=0, rescale="norm", **rule), theirs()
+    for key, tensor in expected.items():
+        assert abs(float(found[key].abs().mean() / tensor.abs().mean()) - 1) < 0.05

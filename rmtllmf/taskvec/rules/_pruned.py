@@ -49,3 +49,9 @@ def refuse_gradients(sources: Sequence[Source]) -> None:
             "vectors: gradients do not flow through a choice by magnitude; detach the vectors, or call the rule under "
             "torch.no_grad()"
         )
+
+
+def first_names(source: Source) -> dict[str, str]:
+    """Name -> the first name of the same memory, so that what is tied is pruned alike."""
+    first: dict[Hashable, str] = {}
+    return {key: first.setdefault(source.identity(key), key) for key in sorted(source.specs)}

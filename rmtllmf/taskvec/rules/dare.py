@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._random import Seed, reseed, seed_number
+from ..._random import Seed, seed_number
 from ..._state import Tensors, finite_number
 from ...errors import InputError
 from .._sources import Source, Stored, sources_of
 from ..vector import TaskVector
-from ._pruned import Pruned
+from ._draws import Draws
+from ._pruned import Pruned, first_names
 from .arithmetic import task_arithmetic
 
 __all__ = ["dare"]
-
-CHUNK = 1 << 16  # entries for which a generator is started anew: what makes access to any piece cheap
 
 
 def dare(
@@ -85,8 +83,7 @@ class Dropped(Pruned):
     def __init__(self, inner: Source, index: int, masks: _Masks) -> None:
         super().__init__(inner)
         self.index, self.masks = index, masks
-        first: dict[Hashable, str] = {}
-        self._name = {key: first.setdefault(inner.identity(key), key) for key in sorted(inner.specs)}
+        self._name = first_names(inner)
 
     def whole(self, key: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
         if not (self.wants_gradient and torch.is_grad_enabled()):
@@ -100,35 +97,17 @@ class Dropped(Pruned):
         return given * factor.view(given.shape)
 
     def pruned(self, key: str, start: int, part: Tensor, buffer: Tensor) -> Tensor:
-        stop = start + len(part)
-        for chunk in range(start // CHUNK, -(-stop // CHUNK)):
-            left, right = max(start, chunk * CHUNK), min(stop, (chunk + 1) * CHUNK)
-            mask = self.masks.chunk(self.index, self._name[key], chunk, buffer)
-            here = slice(left - start, right - start)
-            torch.mul(part[here], mask[left - chunk * CHUNK : right - chunk * CHUNK], out=buffer[here])
+        for here, mask in self.masks.over(self.index, self._name[key], start, start + len(part), buffer):
+            torch.mul(part[here], mask, out=buffer[here])
         return buffer.div_(1 - self.masks.drop)
 
 
-class _Masks:
-    """Zeros and ones of every chunk. The last one of a thread is kept, for those who read it in small parts."""
+class _Masks(Draws):
+    """Zeros and ones of every chunk."""
 
     def __init__(self, seed: int, drop: float) -> None:
-        self.seed, self.drop = seed, drop
-        self._of_thread = threading.local()
+        super().__init__(seed, "dare", least=1 - drop)
+        self.drop = drop
 
-    def chunk(self, index: int, name: str, chunk: int, like: Tensor) -> Tensor:
-        """Valid until the same thread asks for another."""
-        mine, device, wanted = self._of_thread, like.device, (index, name, chunk, like.dtype, like.device)
-        if getattr(mine, "wanted", None) == wanted:
-            return mine.mask
-        if getattr(mine, "device", None) != device:
-            # uniform numbers have 24 bits, too few for a share of a few in a million to be unbiased
-            dtype = torch.float32 if 1 - self.drop > 1 / 64 else torch.float64
-            mine.uniform, mine.device = torch.empty(CHUNK, dtype=dtype, device=device), device
-            mine.generator = torch.Generator(device=device)
-        mine.wanted = None
-        reseed(mine.generator, self.seed, "dare", index, name, chunk)
-        mask = mine.uniform.uniform_(generator=mine.generator).lt_(1 - self.drop)
-        mine.mask = mask.to(like.dtype)
-        mine.wanted = wanted
-        return mine.mask
+    def made(self, uniform: Tensor, like: Tensor) -> Tensor:
+        return uniform.lt_(1 - self.drop).to(like.dtype)

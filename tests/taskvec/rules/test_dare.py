@@ -9,7 +9,8 @@ import rmtllmf.taskvec._engine as engine
 from rmtllmf.errors import InputError, NonFiniteError
 from rmtllmf.taskvec import dare, task_arithmetic, ties
 from rmtllmf.taskvec._sources import source_of
-from rmtllmf.taskvec.rules.dare import CHUNK, Dropped, _Masks
+from rmtllmf.taskvec.rules._draws import CHUNK
+from rmtllmf.taskvec.rules.dare import Dropped, _Masks
 
 ONES = {"a": torch.ones(3, 50), "b": torch.ones(40), "c": torch.ones(()), "e": torch.ones(0)}
 
