@@ -10,8 +10,9 @@ from .aligned import aligned
 from .fuse import fuse
 from .fuse_files import fuse_files
 from .learned.adamerging import adamerging, adamerging_coefficients
-from .learned.snip_scores import snip_scores
+from .learned.fisher_information import fisher_information
 from .learned.frank_wolfe import frank_wolfe, frank_wolfe_coefficients
+from .learned.snip_scores import snip_scores
 from .learned.weights import LearnedWeights
 from .low_rank import LowRank, low_rank
 from .masked_vectors import MaskedVectors
@@ -25,11 +26,13 @@ from .rules.consensus import consensus, tall_masks
 from .rules.dare import dare
 from .rules.della import della
 from .rules.emr import emr, emr_unified
+from .rules.fisher import fisher
 from .rules.geometric_median import geometric_median
 from .rules.iso_c import iso_c
 from .rules.led_merging import led_masks, led_merging
 from .rules.lines import lines
 from .rules.median import coordinate_median
+from .rules.model_stock import model_stock, model_stock_ratios
 from .rules.multi_krum import krum_scores, multi_krum
 from .rules.norm_clipping import norm_clipping
 from .rules.tall_compression import tall_compression
@@ -37,6 +40,7 @@ from .rules.ties import ties
 from .rules.trimmed_mean import trimmed_mean
 from .rules.tsv import tsv
 from .rules.weighted_average import weighted_average
+from .rules.widen import widen
 from .vector import TaskVector
 
 __all__ = [
@@ -61,6 +65,8 @@ __all__ = [
     "della",
     "emr",
     "emr_unified",
+    "fisher",
+    "fisher_information",
     "frank_wolfe",
     "frank_wolfe_coefficients",
     "fuse",
@@ -74,6 +80,8 @@ __all__ = [
     "lines",
     "load_routed",
     "low_rank",
+    "model_stock",
+    "model_stock_ratios",
     "multi_krum",
     "norm_clipping",
     "smile",
@@ -87,4 +95,5 @@ __all__ = [
     "tsv",
     "twin_merging",
     "weighted_average",
+    "widen",
 ]

@@ -12,7 +12,7 @@ import torch
 from open_clip.transformer import VisionTransformer
 
 from helpers.timing import interleaved
-from rmtllmf.taskvec import TaskVector, adamerging_coefficients
+from rmtllmf.taskvec import TaskVector, adamerging_coefficients, frank_wolfe
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -31,6 +31,8 @@ def world():
         for parameter in copy.parameters():
             parameter.data.add_(torch.randn_like(parameter), alpha=0.01)
     heads = [torch.nn.Linear(512, 10).requires_grad_(False) for _ in range(COUNT)]
+    for head in heads:
+        head.weight.mul_(10)  # far from the largest entropy, where slopes would be those of rounding
     batches = [[(torch.randn(16, 3, 32, 32), torch.arange(16) % 10) for _ in range(STEPS)] for _ in range(COUNT)]
     tasks = {str(i): task for i, task in enumerate(zip(heads, batches, strict=True))}
     return model, tuned, [TaskVector.between(model, copy) for copy in tuned], tasks
@@ -52,15 +54,14 @@ def test_adamerging():
     def ours():
         found["ours"] = adamerging_coefficients(vectors, model, tasks, steps=STEPS, bounds=None)
 
+    layers = len(list(model.parameters()))
+    merged = wrappers.LayerWiseMergedModel(
+        wrappers.get_layer_wise_weights(COUNT, layers, 0.3), deepcopy(model), tuned, clamp_weights=False
+    )
+
     def theirs():
         """The loop of `LayerWiseAdaMergingAlgorithm.test_time_adaptation`."""
-        layers = len(list(model.parameters()))
-        merged = wrappers.LayerWiseMergedModel(
-            wrappers.get_layer_wise_weights(COUNT, layers, 0.3),
-            deepcopy(model),
-            [deepcopy(copy) for copy in tuned],
-            clamp_weights=False,
-        )
+        merged.merge_weight.data.fill_(0.3)
         adam = torch.optim.Adam([merged.merge_weight], lr=1e-3)
         merged.merge_weights()
         for step in range(STEPS):
@@ -69,7 +70,7 @@ def test_adamerging():
             adam.step()
             adam.zero_grad()
             merged.merge_weights()
-        found["theirs"] = merged.merge_weight.detach()
+        found["theirs"] = merged.merge_weight.detach().clone()
 
     seconds = interleaved(ours, theirs, repetitions=3)
     names = [name for name, _ in model.named_parameters()]
@@ -79,4 +80,36 @@ def test_adamerging():
         for q in range(COUNT)
     )
     report("AdaMerging, layer-wise", *seconds, apart)
+    assert apart < 1e-5
+
+
+@pytest.mark.parametrize("by", ["task", "layer"])
+def test_frank_wolfe(by):
+    """`FrankWolfeHardAlgorithm.run` from the base model on: all samples at once, where it takes one at a time."""
+    peer = pytest.importorskip("fusion_bench.method.fw_merging.fw_hard")
+    model, tuned, vectors, tasks = world()
+    found = {}
+
+    def ours():
+        options = {"by": by, "steps": STEPS, "oracle": "cosine", "step_size": 0.5, "start": 0.0}
+        found["ours"] = frank_wolfe(vectors, model, tasks, **options)
+
+    def theirs():
+        select = peer.FrankWolfeHardAlgorithm.frank_wolfe_selection
+        merged, pool = deepcopy(model), {str(q): copy for q, copy in enumerate(tuned)}
+        pool["initial"] = deepcopy(model)
+        for step in range(STEPS):
+            for head, batches in tasks.values():
+                for X, y in batches:
+                    (torch.nn.functional.cross_entropy(head(merged(X)), y) / (STEPS * COUNT)).backward()
+            gradients = {name: parameter.grad.clone() for name, parameter in merged.named_parameters()}
+            none = [] if by == "task" else {name: [] for name in gradients}
+            chosen = select(None, gradients, pool, model_to_merge_names=none, type=by)[0]
+            merged = peer.task_arithmetic_merge(merged, [chosen], 2 / (step + 2) * 0.5)
+            merged.zero_grad()
+        found["theirs"] = TaskVector.between(model, merged)
+
+    seconds = interleaved(ours, theirs, repetitions=3)
+    apart = max(float((found["ours"][name] - found["theirs"][name]).abs().max()) for name in vectors[0])
+    report(f"Frank-Wolfe, {by}-wise", *seconds, apart)
     assert apart < 1e-5

@@ -167,6 +167,12 @@ def rows_of(head: Head | None) -> Head:
     return logits
 
 
+def entropy(logits: Tensor) -> Tensor:
+    """The mean entropy, in nats, of (B, K) logits."""
+    wide = logits if logits.element_size() >= 4 else logits.float()
+    return -(wide.softmax(-1) * wide.log_softmax(-1)).sum(-1).mean()
+
+
 def descend(value: Any, share: float, parameters: Sequence[Tensor], what: str) -> float:
     """Add the gradient of ``share * value`` to the parameters'; the value."""
     if not isinstance(value, Tensor):

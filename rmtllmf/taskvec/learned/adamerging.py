@@ -19,7 +19,7 @@ from .._sources import sources_of
 from ..rules.arithmetic import task_arithmetic
 from ..rules.ties import ties
 from ..vector import TaskVector
-from ._interpolated import Interpolated, descend, endless, prepared, rows_of, shown
+from ._interpolated import Interpolated, descend, endless, entropy, prepared, rows_of, shown
 from .weights import LearnedWeights
 
 __all__ = ["adamerging", "adamerging_coefficients"]
@@ -209,12 +209,6 @@ def mean_entropy(
 
         total += call.inside(down, next(streams[where]), where, head=rows_of(task.head))
     return total / len(tasks)
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """The mean entropy, in nats, of (B, K) logits."""
-    wide = logits if logits.element_size() >= 4 else logits.float()
-    return -(wide.softmax(-1) * wide.log_softmax(-1)).sum(-1).mean()
 
 
 def _limits(bounds: object, start: float) -> tuple[float, float] | None:

@@ -129,7 +129,7 @@ def test_bad_input():
     with pytest.raises(InputError, match="skip: 'nothing' matches none"):
         Interpolated(vectors, model, None, FusionOptions(skip="nothing"))
     apart = [{**vector, "again.weight": vector["again.weight"] + 1} for vector in vectors]
-    with pytest.raises(StateMismatchError, match="'middle.weight' and 'again.weight' are one tensor in the model"):
+    with pytest.raises(StateMismatchError, match=r"'middle.weight' and 'again.weight' are one tensor in the model"):
         Interpolated(apart, model, None, options)
     with pytest.raises(StateMismatchError, match="are one tensor in the model"):
         Interpolated(vectors, model, None, FusionOptions(weights={"again.weight": 2, "*": 1}))
