@@ -95,6 +95,11 @@ class SampleGradients:
                 self.together = False
         return samples, summed(self._looped(value, tensors, samples))
 
+    def logits(self, head: Head | None, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Any:
+        """What the loss is given."""
+        state = {**{name: tensor.clone() for name, tensor in self.rest.items()}, **(parameters or self.parameters)}
+        return logits_of(lambda *args, **kwargs: functional_call(self.model, state, args, kwargs), head, inputs)
+
     def _vmapped(self, value: Callable[..., Tensor], tensors: list[Tensor], samples: int) -> Iterator[Tensors]:
         gradients = vmap(grad(value), in_dims=(None, *[0] * len(tensors)))
         for start in range(0, samples, self.chunk):
@@ -114,9 +119,7 @@ class SampleGradients:
             yield {key: g.unsqueeze(0) for key, g in zip(leaves, found, strict=True) if g is not None}
 
     def _value(self, head: Head | None, parameters: dict[str, Tensor], inputs: Any, targets: Any) -> Tensor:
-        state = {**{name: tensor.clone() for name, tensor in self.rest.items()}, **parameters}
-        logits = logits_of(lambda *args, **kwargs: functional_call(self.model, state, args, kwargs), head, inputs)
-        number = self.loss(logits, targets)
+        number = self.loss(self.logits(head, inputs, parameters), targets)
         if not isinstance(number, Tensor):
             raise TypeError(f"loss: expected a tensor, got {type(number).__name__}")
         if number.numel() != 1:
@@ -124,24 +127,22 @@ class SampleGradients:
         return number.reshape(())
 
 
-def mean_over_samples(
+def summed_over_samples(
     gradients: SampleGradients,
     task: Task,
     function: Callable[[Tensor], Tensor],
     argument: str,
     *,
     batches: Iterable[tuple[Any, Any]] | None = None,
-    each: int = 1,
-) -> dict[str, Tensor]:
-    r"""Name -> the mean over a task's samples of ``function(gradients).sum(0)``, in the shape of the parameter.
+) -> tuple[dict[str, Tensor], int]:
+    r"""Name -> ``function(gradients).sum(0)`` in the shape of the parameter, and the number of samples.
 
     Args:
-        gradients: of which the parameters give names, shapes and dtypes; the result is in float32 at least.
+        gradients: of which the parameters give names, shapes and dtypes; the sums are in float32 at least.
         task: head and data.
         function: of the gradients of some samples, (samples, \*shape).
         argument: what errors call the data.
-        batches: in place of the task's (inputs, targets) pairs.
-        each: how many rows of `batches` make one sample.
+        batches: (inputs, targets) in place of the task's own.
     """
     totals = {
         key: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
@@ -156,19 +157,18 @@ def mean_over_samples(
                 sums[key] = sums[key].add_(total) if key in sums else total
         return sums
 
-    rows = 0
+    count = 0
     for batch in pairs(task.batches, argument, device_of(gradients.model)) if batches is None else batches:
         samples, sums = gradients.of(task.head, batch, summed, argument)
         for key, total in sums.items():
             totals[key] += total
-        rows += samples
-    if not rows:
+        count += samples
+    if not count:
         raise InputError(f"{argument}: expected at least one sample, got batches of none")
     for key, total in totals.items():
         if not bool(torch.isfinite(total).all()):
             raise NonFiniteError(f"the gradient of {key!r} is not finite for the samples of {argument}")
-        total *= each / rows
-    return totals
+    return totals, count
 
 
 def _each(function: Callable[[Tensor], Any], value: Any) -> Any:

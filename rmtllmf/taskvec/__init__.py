@@ -29,6 +29,7 @@ from .rules.emr import emr, emr_unified
 from .rules.fisher import fisher
 from .rules.geometric_median import geometric_median
 from .rules.iso_c import iso_c
+from .rules.iso_cts import iso_cts
 from .rules.led_merging import led_masks, led_merging
 from .rules.lines import lines
 from .rules.median import coordinate_median
@@ -74,6 +75,7 @@ __all__ = [
     "geometric_median",
     "heuristic_scale",
     "iso_c",
+    "iso_cts",
     "krum_scores",
     "led_masks",
     "led_merging",

@@ -17,6 +17,7 @@ from helpers import robust_definitions as robust
 from helpers import sparse_definitions as sparse
 from helpers import spectral_definitions as spectral
 from helpers import statistics_definitions as statistics
+from helpers import subspace_definitions as subspace
 from helpers import ties_definition
 from rmtllmf.taskvec import (
     breadcrumbs,
@@ -25,9 +26,12 @@ from rmtllmf.taskvec import (
     dare,
     della,
     emr_unified,
+    fisher,
     geometric_median,
     iso_c,
+    iso_cts,
     led_merging,
+    model_stock,
     multi_krum,
     norm_clipping,
     task_arithmetic,
@@ -35,6 +39,7 @@ from rmtllmf.taskvec import (
     trimmed_mean,
     tsv,
     weighted_average,
+    widen,
 )
 
 Vectors = list[dict[str, torch.Tensor]]
@@ -68,8 +73,10 @@ ROWS = [
     Row("geometric median", geometric_median, robust.whole(robust.geometric_median)),
     Row("norm clipping", norm_clipping, robust.whole(robust.clipped)),
     Row("multi-Krum", partial(multi_krum, hostile=0, keep=2), robust.whole(partial(robust.krum, 0, 2)), fewest=3),
+    Row("Model Stock", model_stock, each_key(sparse.model_stock), fewest=2),
     Row("consensus", partial(consensus, scale=0.3), each_key(partial(robust.consensus, scale=0.3)), fewest=2),
     Row("Iso-C", iso_c, each_key(spectral.iso_c), tolerance=1e-4),
+    Row("Iso-CTS", partial(iso_cts, common=0.5), each_key(partial(subspace.iso_cts, common=0.5)), tolerance=1e-3),
     Row("TSV-Merge", tsv, each_key(spectral.tsv), tolerance=1e-3),
     # weights apply after trimming: per layer they do not change what is kept of the whole vector
     Row("TIES", ties, partial(ties_definition.merged, density=0.2), premultiplied=False),
@@ -98,4 +105,7 @@ ROWS = [
         partial(statistics.led_of_sizes, neurons=True),
     ),
     Row("EMR, unified", emr_unified, each_key(masks.emr_unified)),
+    Row("WIDEN", partial(widen, base=masks.BASE), masks.widen, homogeneous=False),
+    # weights are those of an average
+    Row("Fisher", statistics.with_information(fisher), statistics.fisher_of_sizes, premultiplied=False),
 ]

@@ -69,3 +69,28 @@ def led_merging(vectors: Vectors, base: Vectors, finetuned: Vectors, ratios, *, 
 def led_of_sizes(vectors: Vectors, *, neurons: bool = False):
     """`led_merging` of what `with_scores` gives it."""
     return led_merging(vectors, sizes(vectors), others(vectors), [0.5] * len(vectors), neurons=neurons)
+
+
+def with_information(rule, **options):
+    """A rule of vectors only, from `fisher`."""
+    return lambda vectors, **more: rule(vectors, others(list(vectors)), **options, **more)
+
+
+def fisher(vectors: Vectors, information: Vectors, weights=None, *, normalize=True, floor=1e-6):
+    weights = weights or [1.0] * len(vectors)
+    flat = [torch.cat([each[key].flatten() for key in vectors[0]]) for each in information]
+    scales = [1 / f.norm() if normalize and f.any() else torch.ones(()).double() for f in flat]
+    unit = torch.cat([c * f for c, f in zip(scales, flat, strict=True)]).square().mean().sqrt()
+    fused = {}
+    for key in vectors[0]:
+        needed = [
+            w * (c * f[key] / unit if unit else 0 * f[key]).clamp_min(floor)
+            for w, c, f in zip(weights, scales, information, strict=True)
+        ]
+        fused[key] = sum(n * v[key] for n, v in zip(needed, vectors, strict=True)) / sum(needed)
+    return fused
+
+
+def fisher_of_sizes(vectors: Vectors):
+    """`fisher` of what `with_information` gives it."""
+    return fisher(vectors, others(vectors))

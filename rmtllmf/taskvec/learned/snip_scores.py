@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..._call import check_model
-from ..._sample_gradients import Loss, SampleGradients, mean_over_samples, parameters_of, under_all_names
+from ..._sample_gradients import Loss, SampleGradients, parameters_of, summed_over_samples, under_all_names
 from ..._state import StateLike
 from ..._tasks import Tasks, as_tasks, mode
 
@@ -66,7 +66,8 @@ def snip_scores(
     with mode(False, model, *(task.head for task in named.values())):
         for name, task in named.items():
             argument = f"tasks[{name!r}]" if name else "tasks"
-            for key, mean in mean_over_samples(gradients, task, torch.abs, argument).items():
-                mean.mul_(parameters[key].abs()).div_(len(named))
-                scores[key] = scores[key].add_(mean) if key in scores else mean
+            sums, count = summed_over_samples(gradients, task, torch.abs, argument)
+            for key, total in sums.items():
+                total.mul_(parameters[key].abs()).div_(count * len(named))
+                scores[key] = scores[key].add_(total) if key in scores else total
     return under_all_names(model, scores)
