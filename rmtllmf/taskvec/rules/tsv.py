@@ -12,13 +12,10 @@ from ..._state import Tensors, finite_number
 from .._engine import Fusion
 from .._options import FusionOptions
 from ..vector import TaskVector
-from ._spectral import averaged, leading, polar, rounding_level, scaled
+from ._joined import decorrelated, joined
+from ._spectral import averaged, leading, rounding_level, scaled
 
 __all__ = ["tsv"]
-
-CLOSE = 3e-6  # least singular value of the joined directions for which quick ones are good enough ...
-GROWTH = 100.0  # ... and by how much their errors, some 1e-6, may grow
-COINCIDENT = 1e-7  # singular value of the joined directions below which they are dependent
 
 
 def tsv(vectors: Iterable[Tensors], *, scale: float = 1.0, **options: Unpack[FusionOptions]) -> TaskVector:
@@ -76,32 +73,13 @@ def tsv(vectors: Iterable[Tensors], *, scale: float = 1.0, **options: Unpack[Fus
             return torch.stack(parts).sum(0).mul_(factor / count)
         dtype = parts[0].dtype
         parts, unit = scaled(parts)
-        for quick in (True, False):
-            found = [leading(part, kept, rounding_level([part]), dtype, quick=quick) for part in parts]
-            U, s, V = (torch.cat(tensors, -1) for tensors in zip(*found, strict=True))
-            del found
+        for quick in (dtype == torch.float32, False):
+            U, s, V = joined([leading(part, kept, rounding_level([part]), dtype, quick=quick) for part in parts])
             if not len(s):
                 return torch.zeros_like(parts[0])
-            (left, length), (right, width) = (polar(tensor, COINCIDENT, dtype) for tensor in (U, V))
-            if dtype == torch.float64 or (_apart(length, len(U)) and _apart(width, len(V))):
+            update = decorrelated(U, factor * unit * s, V, dtype, quick=quick)
+            if update is not None:
                 break
-        s = (factor * unit * s).to(dtype)
-        if len(U) >= len(V):
-            return left.times(s[:, None] * right.whole().to(dtype).mT).to(dtype)
-        return right.times(s[:, None] * left.whole().to(dtype).mT).to(dtype).mT
+        return update
 
     return fusion.by_matrix(matrix, averaged(count, factor))
-
-
-def _apart(s: Tensor, rows: int) -> bool:
-    r"""Whether the polar factor of a matrix of singular values `s` is not much less exact than the matrix.
-
-    An error :math:`E` of it becomes one of :math:`2 E_{ij} / (s_i + s_j)` at most between two of its directions, of
-    :math:`E_{ij} / s_j` towards others, and of nothing in a single direction, unless its sign changes.
-    """
-    if float(s.min()) <= CLOSE:
-        return False
-    pairs = 2 / (s[:, None] + s)
-    pairs.diagonal().zero_()
-    growth = pairs.square_().sum() + (rows - len(s)) * s.pow(-2).sum()
-    return float(growth.sqrt()) < GROWTH * len(s)
