@@ -11,6 +11,7 @@ from .fuse import fuse
 from .fuse_files import fuse_files
 from .learned.adamerging import adamerging, adamerging_coefficients
 from .learned.fisher_information import fisher_information
+from .learned.expert_merging import expert_merging, expert_merging_coefficients
 from .learned.frank_wolfe import frank_wolfe, frank_wolfe_coefficients
 from .learned.snip_scores import snip_scores
 from .learned.weights import LearnedWeights
@@ -68,6 +69,8 @@ __all__ = [
     "emr_unified",
     "fisher",
     "fisher_information",
+    "expert_merging",
+    "expert_merging_coefficients",
     "frank_wolfe",
     "frank_wolfe_coefficients",
     "fuse",

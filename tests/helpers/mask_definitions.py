@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -10,3 +11,39 @@ def emr_unified(x: Tensor) -> Tensor:
     sign = x.sum(0).sign()
     agree = (x.sign() == sign) & (sign != 0)
     return sign * (x.abs() * agree).amax(0)
+
+
+SHAPES = {"l0.w": (6, 4), "l1.w": (3, 7), "l1.b": (5,), "conv": (2, 3, 2, 2), "scalar": (), "one": (1,), "none": (0, 3)}
+SHAPES |= {"a.w": (6, 4), "b.w": (3, 7), "long": (40,), "s": ()}
+_source = torch.Generator().manual_seed(10**7)
+BASE = {key: torch.randn(shape, generator=_source) for key, shape in SHAPES.items()}
+BASE["head"] = BASE["l0.w"]
+"""A base model for all names that the tests of the rules use."""
+
+
+def widen(vectors: list[dict[str, Tensor]], base=BASE, ratio=1.0, calibration=1.0) -> dict[str, Tensor]:
+    """WIDEN, with the steps and the names of the paper: disentangle, rank, softmax, calibrate."""
+
+    def scores(importance: Tensor, mean: Tensor) -> Tensor:
+        score = torch.softmax(importance, 0)
+        score[importance > ratio * mean] = calibration
+        return score
+
+    update = {}
+    for key in vectors[0]:
+        delta = torch.stack([vector[key] for vector in vectors])
+        if delta.ndim != 3:
+            means = delta.abs().reshape(len(delta), -1).mean(1).view(-1, *[1] * (delta.ndim - 1))
+            update[key] = (scores(delta.abs(), means) * delta).sum(0)
+            continue
+        before = base[key].double()
+        magnitude, direction = [], []
+        for after in before + delta:
+            magnitude.append((after.norm(dim=0) - before.norm(dim=0)).abs())
+            direction.append(1 - ((after / after.norm(dim=0)) * (before / before.norm(dim=0))).sum(0))
+        weight = torch.zeros(len(delta), before.shape[1], dtype=torch.float64)
+        for change in (magnitude, direction):
+            rank = torch.stack([row.argsort(stable=True).argsort() for row in change]).double()
+            weight += 0.5 * scores(rank / rank.shape[1], (rank.shape[1] - 1) / 2 / rank.shape[1])
+        update[key] = (weight[:, None] * delta).sum(0)
+    return update
