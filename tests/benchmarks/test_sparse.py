@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers.timing import interleaved
-from rmtllmf.taskvec import breadcrumbs, della, task_arithmetic
+from rmtllmf.taskvec import breadcrumbs, della, model_stock, task_arithmetic
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -84,3 +84,30 @@ def test_della(linear):
     found, expected = della(vectors, scale=1.0, seed=0, rescale="norm", **rule), theirs()
     for key, tensor in expected.items():
         assert abs(float(found[key].abs().mean() / tensor.abs().mean()) - 1) < 0.05
+
+
+def mergekit(method, vectors, **parameters):
+    """A merge of models of base zero, tensor by tensor."""
+    merge = pytest.importorskip("mergekit.merge_methods.registry").get(method)
+    group = pytest.importorskip("mergekit.merge_methods.base").TensorGroup.from_tensors
+    zeros = {key: torch.zeros_like(tensor) for key, tensor in vectors[0].items()}
+    groups = {key: group([zero, *(vector[key] for vector in vectors)], base_index=0) for key, zero in zeros.items()}
+    return lambda: {key: merge([one], parameters=parameters)[0] for key, one in groups.items()}
+
+
+def test_model_stock_beside_mergekit():
+    vectors = towers(4, common=1.0)
+    _, apart = compare("Model Stock, mergekit", lambda: model_stock(vectors), mergekit("model_stock", vectors))
+    assert apart < 1e-4
+
+
+def test_model_stock_beside_fusion_bench():
+    peer = pytest.importorskip("fusion_bench.method.model_stock.model_stock")
+    vectors = towers(2, common=1.0)
+    zeros = {key: torch.zeros_like(tensor) for key, tensor in vectors[0].items()}
+
+    def theirs():
+        return peer.merge_weights(*vectors, zeros, peer.compute_ratio(peer.compute_angle(*vectors, zeros), k=2))
+
+    _, apart = compare("Model Stock of two, FusionBench", lambda: model_stock(vectors), theirs)
+    assert apart < 1e-4

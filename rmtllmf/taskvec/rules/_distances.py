@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -51,16 +51,34 @@ def squared_norms(fusion: Fusion) -> Tensor:
     return _summed(fusion, lambda rows, space: _squares(rows))
 
 
+def grams(fusion: Fusion) -> dict[str, Tensor]:
+    """For every name ``(N, N)`` float64 on the CPU: inner products of the weighted vectors' tensors."""
+    parts: dict[str, list[Tensor]] = {key: [torch.zeros(1, fusion.count, fusion.count).double()] for key in fusion.keys}
+    for key, sums in _found(fusion, lambda rows, space: rows @ rows.T):
+        parts[key].append(sums)
+    return {key: _one_after_the_other(found) for key, found in parts.items()}
+
+
 def _squares(rows: Tensor) -> Tensor:
     """The squared norm of each row."""
     return torch.linalg.vector_norm(rows, dim=-1).square_()
 
 
 def _summed(fusion: Fusion, look: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The sum of what `look` finds in ``(N, n)`` chunks; it is given as much memory beside each.
+    """The sum of what `look` finds in ``(N, n)`` chunks; it is given as much memory beside each."""
+    nothing = look(*torch.zeros(2, fusion.count, 1, dtype=torch.float64))[None]
+    return _one_after_the_other([nothing, *(sums for _, sums in _found(fusion, look))])
 
-    The chunks are the same ones, added up in the same order, whatever the threads do and whether a tensor is read in
-    pieces or as a whole: the same bits.
+
+def _one_after_the_other(found: list[Tensor]) -> Tensor:
+    return torch.from_numpy(np.add.reduce(torch.cat(found).numpy(), axis=0))
+
+
+def _found(fusion: Fusion, look: Callable[[Tensor, Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Names, and what `look` finds in the chunks of a piece of each, stacked.
+
+    The chunks are the same ones in the same order, whatever the threads do and whether a tensor is read in pieces or as
+    a whole: added up they have the same bits.
     """
     if fusion.differentiable:
         raise InputError(
@@ -85,10 +103,7 @@ def _summed(fusion: Fusion, look: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
             found.append(look(rows, space))
         return piece.key, torch.stack(found).cpu()
 
-    nothing = look(*torch.zeros(2, fusion.count, 1, dtype=torch.float64))[None]
-    found = [nothing]
     for key, sums in fusion.survey(survey):
         if not torch.isfinite(sums).all():
             raise fusion.blame(key)
-        found.append(sums)
-    return torch.from_numpy(np.add.reduce(torch.cat(found).numpy(), axis=0))  # one after the other
+        yield key, sums
