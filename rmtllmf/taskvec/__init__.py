@@ -28,6 +28,7 @@ from .rules.dare import dare
 from .rules.della import della
 from .rules.emr import emr, emr_unified
 from .rules.fisher import fisher
+from .rules.fisher_grafting import fisher_grafting
 from .rules.geometric_median import geometric_median
 from .rules.iso_c import iso_c
 from .rules.iso_cts import iso_cts
@@ -67,10 +68,11 @@ __all__ = [
     "della",
     "emr",
     "emr_unified",
-    "fisher",
-    "fisher_information",
     "expert_merging",
     "expert_merging_coefficients",
+    "fisher",
+    "fisher_grafting",
+    "fisher_information",
     "frank_wolfe",
     "frank_wolfe_coefficients",
     "fuse",

@@ -105,6 +105,7 @@ def test_frank_wolfe(by):
             gradients = {name: parameter.grad.clone() for name, parameter in merged.named_parameters()}
             none = [] if by == "task" else {name: [] for name in gradients}
             chosen = select(None, gradients, pool, model_to_merge_names=none, type=by)[0]
+            chosen = {name: torch.nn.Parameter(tensor) for name, tensor in chosen.items()}  # else it raises a TypeError
             merged = peer.task_arithmetic_merge(merged, [chosen], 2 / (step + 2) * 0.5)
             merged.zero_grad()
         found["theirs"] = TaskVector.between(model, merged)

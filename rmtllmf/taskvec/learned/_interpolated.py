@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..._call import WithState, check_model, state_of
 from ..._state import StateLike, Tensors, all_finite, identity, is_bendable, quoted
-from ..._tasks import Head, Task, Tasks, as_tasks, device_of, inputs_of
+from ..._tasks import Head, Task, Tasks, as_tasks, device_of, inputs_of, pairs
 from ...errors import InputError, NonFiniteError, ShapeError, StateMismatchError
 from .._engine import Fusion
 from .._options import FusionOptions
@@ -156,6 +156,21 @@ def endless(task: Task, where: str, device: torch.device | None) -> Iterator[Any
         yield from inputs_of(task.batches, where, device)
 
 
+def kept(task: Task, where: str, device: torch.device | None, *, labelled: bool) -> list[tuple[Any, Any, float]]:
+    """(inputs, targets, share) of all batches: every sample counts the same, if targets or inputs are tensors."""
+    if labelled:
+        batches = list(pairs(task.batches, where, device))
+    else:
+        batches = [(inputs, None) for inputs in inputs_of(task.batches, where, device)]
+    counted = [(targets if labelled else inputs) for inputs, targets in batches]
+    sizes = [len(rows) if isinstance(rows, Tensor) and rows.ndim else None for rows in counted]
+    numbers = [1] * len(sizes) if None in sizes else [size or 0 for size in sizes]
+    total = sum(numbers)
+    if not total:
+        raise InputError(f"{where}: expected at least one sample, got only empty batches")
+    return [(*batch, number / total) for batch, number in zip(batches, numbers, strict=True) if number]
+
+
 def rows_of(head: Head | None) -> Head:
     """The output of the encoder -> logits, one row for each sample (and token, pixel, ...)."""
 
@@ -188,9 +203,9 @@ def descend(value: Any, share: float, parameters: Sequence[Tensor], what: str) -
     return number
 
 
-def shown(count: int, progress: object, what: str) -> Iterable[int]:
-    """``range(count)``, with a progress bar on request."""
-    if not progress:
+def shown(count: int, what: str | None) -> Iterable[int]:
+    """``range(count)``, with a progress bar that says `what`."""
+    if what is None:
         return range(count)
     from tqdm.auto import tqdm
 

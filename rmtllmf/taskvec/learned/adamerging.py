@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from types import MappingProxyType
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..._call import WithState
-from ..._state import StateLike, Tensors, finite_number, whole_number
-from ..._tasks import Task, Tasks, mode
+from ..._state import StateLike, Tensors
+from ..._tasks import Tasks
 from ...errors import InputError
 from .._options import FusionOptions, Weights, checked_options
 from .._sources import sources_of
 from ..rules.arithmetic import task_arithmetic
 from ..rules.ties import ties
 from ..vector import TaskVector
-from ._interpolated import Interpolated, descend, endless, entropy, prepared, rows_of, shown
+from ._adam import Schedule
+from ._interpolated import Interpolated, descend, endless, entropy, prepared, rows_of
 from .weights import LearnedWeights
 
 __all__ = ["adamerging", "adamerging_coefficients"]
@@ -94,29 +93,23 @@ def adamerging_coefficients(
     """
     if by not in get_args(By):
         raise InputError(f"by: expected 'layer' or 'task', got {by!r}")
-    first = finite_number(start, "start")
-    count, rate = whole_number(steps, "steps", at_least=0), finite_number(lr, "lr", positive=True)
-    limits = _limits(bounds, first)
+    schedule = Schedule.of(start, steps, lr, bounds)
     at = Interpolated(vectors, model, base, FusionOptions(weights=weights, skip=skip))
     given = prepared(tasks)
     streams = {where: endless(task, where, at.device) for where, task in given.items()}
-    shape = (len(at.layers) if by == "layer" else 1, at.count)
-    chosen = torch.full(shape, first, dtype=torch.float64, requires_grad=True)
-    adam = torch.optim.Adam([chosen], lr=rate)
-    losses = []
-    with torch.enable_grad(), mode(False, model, *(task.head for task in given.values())):
-        for _ in shown(count, progress, "AdaMerging"):
-            coefficients = chosen.expand(len(at.layers), -1)
-            call = at.at(coefficients)
-            losses.append(mean_entropy(call, at.parameters, given, streams))
-            adam.zero_grad()
-            coefficients.backward(at.slopes())
-            adam.step()
-            if limits is not None:
-                with torch.no_grad():
-                    chosen.clamp_(*limits)
-    found = at.weights(chosen.detach().expand(len(at.layers), -1))
-    return LearnedWeights(MappingProxyType(found), tuple(losses))
+
+    def mean_entropy(call: WithState) -> float:
+        total = 0.0
+        for where, task in given.items():
+
+            def down(logits: Tensor, where: str = where) -> float:
+                return descend(entropy(logits), 1 / len(given), at.parameters, where)
+
+            total += call.inside(down, next(streams[where]), where, head=rows_of(task.head))
+        return total / len(given)
+
+    bar = "AdaMerging" if progress else None
+    return schedule.run(at, model, given.values(), mean_entropy, shared=by == "task", bar=bar)
 
 
 def adamerging(
@@ -195,28 +188,3 @@ def survivors(vectors: Sequence[Tensors], density: float, options: FusionOptions
         limited = FusionOptions(skip=options.get("skip", ()), compute_dtype=options.get("compute_dtype"), weights=only)
         kept.append(ties(vectors, density, combine="sum", voters="trimmed", **limited))
     return kept
-
-
-def mean_entropy(
-    call: WithState, parameters: list[Tensor], tasks: dict[str, Task], streams: dict[str, Iterator[object]]
-) -> float:
-    """Of the next batch of every task; its gradient is added to the parameters'."""
-    total = 0.0
-    for where, task in tasks.items():
-
-        def down(logits: Tensor, where: str = where) -> float:
-            return descend(entropy(logits), 1 / len(tasks), parameters, where)
-
-        total += call.inside(down, next(streams[where]), where, head=rows_of(task.head))
-    return total / len(tasks)
-
-
-def _limits(bounds: object, start: float) -> tuple[float, float] | None:
-    if bounds is None:
-        return None
-    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
-        raise TypeError(f"bounds: expected (lowest, highest) or None, got {bounds!r}")
-    low, high = (finite_number(bound, f"bounds[{index}]") for index, bound in enumerate(bounds))
-    if not low <= start <= high:
-        raise InputError(f"bounds: expected them around start, {start:g}, got {bounds}")
-    return low, high

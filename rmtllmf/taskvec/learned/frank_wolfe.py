@@ -13,13 +13,13 @@ from typing_extensions import Unpack
 
 from ..._call import WithState
 from ..._state import StateLike, Tensors, finite_number, whole_number
-from ..._tasks import Task, Tasks, inputs_of, mode, pairs
+from ..._tasks import Task, Tasks, mode
 from ...errors import InputError
 from .._options import FusionOptions, Weights, checked_options
 from .._sources import sources_of
 from ..rules.arithmetic import heuristic_scale, task_arithmetic
 from ..vector import TaskVector
-from ._interpolated import Interpolated, descend, entropy, prepared, rows_of, shown
+from ._interpolated import Interpolated, descend, entropy, kept, prepared, rows_of, shown
 from .weights import LearnedWeights
 
 __all__ = ["frank_wolfe", "frank_wolfe_coefficients"]
@@ -109,7 +109,7 @@ def frank_wolfe_coefficients(
     at = Interpolated(vectors, model, base, FusionOptions(weights=weights, skip=skip))
     first = heuristic_scale(at.count) if start is None else finite_number(start, "start")
     given = prepared(tasks)
-    batches = {where: _kept(task, where, at.device, labelled=loss is not None) for where, task in given.items()}
+    batches = {where: kept(task, where, at.device, labelled=loss is not None) for where, task in given.items()}
     corners = torch.cat(
         [torch.eye(at.count, dtype=torch.float64), torch.full((1, at.count), first, dtype=torch.float64)]
     )
@@ -117,7 +117,7 @@ def frank_wolfe_coefficients(
     seek = _Oracle(at, corners, cosine=oracle == "cosine", together=by == "task")
     losses, gaps = [], []
     with torch.enable_grad(), mode(False, model, *(task.head for task in given.values())):
-        for step in shown(count, progress, "Frank-Wolfe"):
+        for step in shown(count, "Frank-Wolfe" if progress else None):
             losses.append(_mean_loss(at.at(chosen), at.parameters, given, batches, loss))
             target, slopes = seek()
             gaps.append(float((slopes * (chosen - target)).sum()))
@@ -219,21 +219,6 @@ class _Oracle:
 
 def _norm(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).cpu()
-
-
-def _kept(task: Task, where: str, device: torch.device | None, *, labelled: bool) -> list[tuple[Any, Any, float]]:
-    """(inputs, targets, share) of all batches: every sample counts the same, if targets or inputs are tensors."""
-    if labelled:
-        batches = list(pairs(task.batches, where, device))
-    else:
-        batches = [(inputs, None) for inputs in inputs_of(task.batches, where, device)]
-    counted = [(targets if labelled else inputs) for inputs, targets in batches]
-    sizes = [len(rows) if isinstance(rows, Tensor) and rows.ndim else None for rows in counted]
-    numbers = [1] * len(sizes) if None in sizes else [size or 0 for size in sizes]
-    total = sum(numbers)
-    if not total:
-        raise InputError(f"{where}: expected at least one sample, got only empty batches")
-    return [(*batch, number / total) for batch, number in zip(batches, numbers, strict=True) if number]
 
 
 def _mean_loss(
