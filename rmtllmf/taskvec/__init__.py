@@ -10,8 +10,9 @@ from .aligned import aligned
 from .fuse import fuse
 from .fuse_files import fuse_files
 from .learned.adamerging import adamerging, adamerging_coefficients
-from .learned.fisher_information import fisher_information
+from .learned.concrete_mask import ConcreteMask, concrete_mask
 from .learned.expert_merging import expert_merging, expert_merging_coefficients
+from .learned.fisher_information import fisher_information
 from .learned.frank_wolfe import frank_wolfe, frank_wolfe_coefficients
 from .learned.snip_scores import snip_scores
 from .learned.weights import LearnedWeights
@@ -23,6 +24,7 @@ from .routed.train_router import Router, RouterTraining, train_router
 from .routed.twin_merging import TwinLinear, TwinMerged, twin_merging
 from .rules.arithmetic import heuristic_scale, task_arithmetic
 from .rules.breadcrumbs import breadcrumbs
+from .rules.concrete import concrete
 from .rules.consensus import consensus, tall_masks
 from .rules.dare import dare
 from .rules.della import della
@@ -38,6 +40,7 @@ from .rules.median import coordinate_median
 from .rules.model_stock import model_stock, model_stock_ratios
 from .rules.multi_krum import krum_scores, multi_krum
 from .rules.norm_clipping import norm_clipping
+from .rules.slerp import slerp
 from .rules.tall_compression import tall_compression
 from .rules.ties import ties
 from .rules.trimmed_mean import trimmed_mean
@@ -47,6 +50,7 @@ from .rules.widen import widen
 from .vector import TaskVector
 
 __all__ = [
+    "ConcreteMask",
     "FusionOptions",
     "LearnedWeights",
     "LowRank",
@@ -62,6 +66,8 @@ __all__ = [
     "adapter_vector",
     "aligned",
     "breadcrumbs",
+    "concrete",
+    "concrete_mask",
     "consensus",
     "coordinate_median",
     "dare",
@@ -91,6 +97,7 @@ __all__ = [
     "model_stock_ratios",
     "multi_krum",
     "norm_clipping",
+    "slerp",
     "smile",
     "snip_scores",
     "tall_compression",

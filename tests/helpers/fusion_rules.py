@@ -27,6 +27,7 @@ from rmtllmf.taskvec import (
     della,
     emr_unified,
     fisher,
+    fisher_grafting,
     geometric_median,
     iso_c,
     iso_cts,
@@ -108,4 +109,10 @@ ROWS = [
     Row("WIDEN", partial(widen, base=masks.BASE), masks.widen, homogeneous=False),
     # weights are those of an average
     Row("Fisher", statistics.with_information(fisher), statistics.fisher_of_sizes, premultiplied=False),
+    Row("Fisher grafting", masks.with_curvature(fisher_grafting), masks.with_curvature(masks.grafted, density=0.1)),
+    Row(
+        "Fisher grafting by tensor",
+        masks.with_curvature(fisher_grafting, density=0.4, within="tensor", combine="sum"),
+        masks.with_curvature(masks.grafted, density=0.4, by_tensor=True, combine="sum"),
+    ),
 ]

@@ -47,3 +47,36 @@ def widen(vectors: list[dict[str, Tensor]], base=BASE, ratio=1.0, calibration=1.
             weight += 0.5 * scores(rank / rank.shape[1], (rank.shape[1] - 1) / 2 / rank.shape[1])
         update[key] = (weight[:, None] * delta).sum(0)
     return update
+
+
+CURVATURE = {key: torch.rand(shape, generator=_source).square() + 0.01 for key, shape in SHAPES.items()}
+CURVATURE["head"] = CURVATURE["l0.w"]
+
+
+def with_curvature(rule, **options):
+    """A rule of vectors only, from one that is given curvature too; the same for all tasks."""
+    return lambda vectors, **more: rule(vectors, [CURVATURE] * len(vectors), **options, **more)
+
+
+def grafted(vectors, curvature, density, *, by_tensor=False, combine="curvature"):
+    """Fast Fisher grafting of each vector, and OTA's average by the roots of the curvature."""
+    names = sorted(vectors[0])
+    groups = [[key] for key in names] if by_tensor else [names]
+    update = {}
+    for group in groups:
+        sizes = [vectors[0][key].numel() for key in group]
+        rows, h = (
+            torch.stack([torch.cat([state[key].double().reshape(-1) for key in group]) for state in states])
+            for states in (vectors, curvature)
+        )
+        keep = torch.zeros(rows.shape, dtype=torch.bool)
+        for row, saliency in zip(keep, h * rows.square(), strict=True):
+            row[saliency.argsort(descending=True, stable=True)[: max(1, int(density * len(row) + 1e-9))]] = True
+        if combine == "curvature":
+            weight = keep * h.sqrt()
+            merged = (weight * rows).sum(0) / weight.sum(0).where(weight.sum(0) > 0, 1.0)
+        else:
+            merged = (keep * rows).sum(0) / (len(rows) if combine == "mean" else 1)
+        for key, part in zip(group, merged.split(sizes), strict=True):
+            update[key] = part.view(vectors[0][key].shape)
+    return update
