@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers.timing import interleaved
-from rmtllmf.taskvec import breadcrumbs, della, model_stock, task_arithmetic
+from rmtllmf.taskvec import breadcrumbs, della, model_stock, slerp, task_arithmetic
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -110,4 +110,25 @@ def test_model_stock_beside_fusion_bench():
         return peer.merge_weights(*vectors, zeros, peer.compute_ratio(peer.compute_angle(*vectors, zeros), k=2))
 
     _, apart = compare("Model Stock of two, FusionBench", lambda: model_stock(vectors), theirs)
+    assert apart < 1e-4
+
+
+@pytest.mark.parametrize("peer", ["mergekit", "FusionBench"])
+def test_slerp(peer):
+    """Of two mappings, whatever they hold."""
+    vectors = towers(2, common=0.5)
+    if peer == "mergekit":
+        merge = pytest.importorskip("mergekit.merge_methods.registry").get("slerp")
+        group = pytest.importorskip("mergekit.merge_methods.base").TensorGroup.from_tensors
+        groups = {key: group([vector[key] for vector in vectors], base_index=0) for key in vectors[0]}
+
+        def theirs():
+            return {key: merge([one], parameters={"t": 0.3})[0] for key, one in groups.items()}
+    else:
+        module = pytest.importorskip("fusion_bench.method.slerp.slerp")
+
+        def theirs():
+            return module.slerp_on_state_dicts(0.3, *vectors)
+
+    _, apart = compare(f"SLERP, {peer}", lambda: slerp(vectors, 0.3), theirs)
     assert apart < 1e-4
