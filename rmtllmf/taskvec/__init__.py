@@ -14,6 +14,7 @@ from .learned.concrete_mask import ConcreteMask, concrete_mask
 from .learned.expert_merging import expert_merging, expert_merging_coefficients
 from .learned.fisher_information import fisher_information
 from .learned.frank_wolfe import frank_wolfe, frank_wolfe_coefficients
+from .learned.input_grams import input_grams
 from .learned.snip_scores import snip_scores
 from .learned.weights import LearnedWeights
 from .low_rank import LowRank, low_rank
@@ -40,6 +41,8 @@ from .rules.median import coordinate_median
 from .rules.model_stock import model_stock, model_stock_ratios
 from .rules.multi_krum import krum_scores, multi_krum
 from .rules.norm_clipping import norm_clipping
+from .rules.optimal_brain_merging import optimal_brain_merging
+from .rules.regmean import regmean
 from .rules.slerp import slerp
 from .rules.tall_compression import tall_compression
 from .rules.ties import ties
@@ -85,6 +88,7 @@ __all__ = [
     "fuse_files",
     "geometric_median",
     "heuristic_scale",
+    "input_grams",
     "iso_c",
     "iso_cts",
     "krum_scores",
@@ -97,6 +101,8 @@ __all__ = [
     "model_stock_ratios",
     "multi_krum",
     "norm_clipping",
+    "optimal_brain_merging",
+    "regmean",
     "slerp",
     "smile",
     "snip_scores",

@@ -21,6 +21,7 @@ from helpers import subspace_definitions as subspace
 from helpers import ties_definition
 from rmtllmf.taskvec import (
     breadcrumbs,
+    concrete,
     consensus,
     coordinate_median,
     dare,
@@ -35,6 +36,8 @@ from rmtllmf.taskvec import (
     model_stock,
     multi_krum,
     norm_clipping,
+    optimal_brain_merging,
+    regmean,
     task_arithmetic,
     ties,
     trimmed_mean,
@@ -65,8 +68,15 @@ def each_key(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Vect
     return lambda vectors: {key: function(torch.stack([v[key] for v in vectors])) for key in vectors[0]}
 
 
+MASK = {key: tensor.sigmoid() for key, tensor in masks.BASE.items()}
+
 ROWS = [
     Row("task arithmetic", partial(task_arithmetic, scale=0.3), each_key(lambda x: 0.3 * x.sum(0))),
+    Row(
+        "Concrete task arithmetic",
+        lambda vectors, **options: concrete(vectors, {key: MASK[key] for key in vectors[0]}, scale=0.4, **options),
+        lambda vectors: {key: 0.4 * MASK[key] * sum(v[key] for v in vectors) for key in vectors[0]},
+    ),
     Row("weighted average", weighted_average, each_key(lambda x: x.mean(0)), premultiplied=False),
     Row("coordinate median", coordinate_median, each_key(robust.median)),
     Row("trimmed mean", partial(trimmed_mean, trim=1), each_key(partial(robust.trimmed, trim=1)), fewest=3),
@@ -114,5 +124,13 @@ ROWS = [
         "Fisher grafting by tensor",
         masks.with_curvature(fisher_grafting, density=0.4, within="tensor", combine="sum"),
         masks.with_curvature(masks.grafted, density=0.4, by_tensor=True, combine="sum"),
+    ),
+    Row("OBIM", masks.with_moments(optimal_brain_merging), masks.obim, permutable=False),
+    Row(
+        "RegMean",
+        statistics.with_grams(regmean),
+        statistics.regmean_of_grams,
+        premultiplied=False,
+        tolerance=1e-4,
     ),
 ]

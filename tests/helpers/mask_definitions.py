@@ -80,3 +80,40 @@ def grafted(vectors, curvature, density, *, by_tensor=False, combine="curvature"
         for key, part in zip(group, merged.split(sizes), strict=True):
             update[key] = part.view(vectors[0][key].shape)
     return update
+
+
+MOMENTS = {key: torch.rand(shape[1:], generator=_source) + 0.1 for key, shape in SHAPES.items() if len(shape) == 2}
+MOMENTS["head"] = MOMENTS["l0.w"]
+
+
+def taken_in_turn(vectors, curvature, densities, *, by_model=False):
+    """OBIM: each task's most salient entries among those that are left; curvature broadcasts, and is 1 if missing."""
+    names = sorted(vectors[0])
+    update = {key: torch.zeros_like(vectors[0][key], dtype=torch.float64) for key in names}
+    for group in [names] if by_model else [[key] for key in names]:
+        free = torch.ones(sum(vectors[0][key].numel() for key in group), dtype=torch.bool)
+        merged = torch.zeros(len(free), dtype=torch.float64)
+        for vector, h, density in zip(vectors, curvature, densities, strict=True):
+            whole = torch.cat([vector[key].double().reshape(-1) for key in group])
+            saliency = torch.cat(
+                [(h.get(k, torch.ones(())).double() * vector[k].double() ** 2).reshape(-1) for k in group]
+            )
+            order = (saliency * free).argsort(descending=True, stable=True)
+            first = order[: max(1, int(density * len(free) + 1e-9))]
+            first = first[(saliency * free)[first] > 0]
+            merged[first] = whole[first]
+            free[first] = False
+        for key, part in zip(group, merged.split([vectors[0][key].numel() for key in group]), strict=True):
+            update[key] = part.view(vectors[0][key].shape)
+    return update
+
+
+def with_moments(rule, **options):
+    """The same for a rule that is given moments of the inputs of matrices, and nothing for other tensors."""
+    return lambda vectors, **more: rule(
+        vectors, [{k: h for k, h in MOMENTS.items() if k in vectors[0]}] * len(vectors), **options, **more
+    )
+
+
+def obim(vectors):
+    return with_moments(taken_in_turn)(vectors, densities=[0.2] * len(vectors))
