@@ -12,12 +12,14 @@ import torch
 from open_clip.transformer import VisionTransformer
 
 from helpers.timing import interleaved
-from rmtllmf.taskvec import TaskVector, adamerging_coefficients, frank_wolfe
+from rmtllmf._random import generator
+from rmtllmf.taskvec import TaskVector, adamerging_coefficients, concrete_mask, frank_wolfe
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
 BLOCKS = int(os.environ.get("RMTLLMF_BENCH_BLOCKS", 2))
 COUNT, STEPS = 4, 3
+REAL_RAND = torch.rand
 
 
 def world():
@@ -105,8 +107,8 @@ def test_frank_wolfe(by):
             gradients = {name: parameter.grad.clone() for name, parameter in merged.named_parameters()}
             none = [] if by == "task" else {name: [] for name in gradients}
             chosen = select(None, gradients, pool, model_to_merge_names=none, type=by)[0]
-            chosen = {name: torch.nn.Parameter(tensor) for name, tensor in chosen.items()}  # else it raises a TypeError
-            merged = peer.task_arithmetic_merge(merged, [chosen], 2 / (step + 2) * 0.5)
+            for name, parameter in merged.named_parameters():  # their task_arithmetic_merge raises a TypeError here
+                parameter.data.add_(chosen[name] - parameter.data, alpha=2 / (step + 2) * 0.5)
             merged.zero_grad()
         found["theirs"] = TaskVector.between(model, merged)
 
@@ -114,3 +116,52 @@ def test_frank_wolfe(by):
     apart = max(float((found["ours"][name] - found["theirs"][name]).abs().max()) for name in vectors[0])
     report(f"Frank-Wolfe, {by}-wise", *seconds, apart)
     assert apart < 1e-5
+
+
+def test_concrete(monkeypatch):
+    """The loop of `ConcreteTaskArithmeticAlgorithmForCLIP.train_mask`, with the same random numbers."""
+    masks = pytest.importorskip("fusion_bench.models.masks")
+    wrappers = pytest.importorskip("fusion_bench.models.wrappers.task_wise_fusion")
+    entropy = pytest.importorskip("fusion_bench.method.adamerging.entropy_loss").entropy_loss
+    model, tuned, vectors, tasks = world()
+    names = [name for name, _ in model.named_parameters()]
+    found = {}
+
+    def ours():
+        found["ours"] = concrete_mask(vectors, model, tasks, seed=0, scale=0.3, steps=STEPS, lr=0.1)
+
+    module = wrappers.TaskWiseMergedModel(
+        wrappers.get_task_wise_weights(COUNT, 0.3), deepcopy(model), tuned, clamp_weights=False
+    )
+    module.requires_grad_(False)
+    numbers = iter(())
+    same = "torch.distributions.relaxed_bernoulli.torch.rand"
+    monkeypatch.setattr(same, lambda shape, **_: next(numbers))
+
+    def drawn(step):
+        for name in names:
+            source = generator(0, "concrete", step, name)
+            yield REAL_RAND(dict(model.named_parameters())[name].shape, generator=source)
+
+    def theirs():
+        nonlocal numbers
+        mask_model = masks.MaskModel(model, parameter_type="logits")
+        mask_model.fill_(0.0)
+        adam = torch.optim.Adam(mask_model.parameters(), lr=0.1)
+        for step in range(STEPS + 1):
+            numbers = drawn(step)
+            mask = mask_model.sample_mask(mask_type="continuous", temperature=0.5)
+            mask = {name: m / torch.mean(m) for name, m in mask.items()}
+            if step == STEPS:
+                break
+            module.merge_weights(task_vector_mask=mask)
+            sum(entropy(head(module(batches[step][0]))) for head, batches in tasks.values()).backward()
+            adam.step()
+            adam.zero_grad()
+        found["theirs"] = {name: m.detach() for name, m in mask.items()}
+
+    seconds = interleaved(ours, theirs, repetitions=3)
+    close = [(found["ours"].mask[name] - found["theirs"][name]).abs() < 1e-3 for name in names]
+    share = sum(int(c.sum()) for c in close) / sum(c.numel() for c in close)
+    report("Concrete mask", *seconds, 1 - share)
+    assert share > 0.99  # the others' slopes are those of rounding, which Adam's first steps blow up to +-lr

@@ -38,6 +38,7 @@ from rmtllmf.taskvec import (
     norm_clipping,
     optimal_brain_merging,
     regmean,
+    pcb_merging,
     task_arithmetic,
     ties,
     trimmed_mean,
@@ -75,7 +76,7 @@ ROWS = [
     Row(
         "Concrete task arithmetic",
         lambda vectors, **options: concrete(vectors, {key: MASK[key] for key in vectors[0]}, scale=0.4, **options),
-        lambda vectors: {key: 0.4 * MASK[key] * sum(v[key] for v in vectors) for key in vectors[0]},
+        lambda vectors: {key: 0.4 * MASK[key].double() * sum(v[key] for v in vectors) for key in vectors[0]},
     ),
     Row("weighted average", weighted_average, each_key(lambda x: x.mean(0)), premultiplied=False),
     Row("coordinate median", coordinate_median, each_key(robust.median)),
@@ -88,6 +89,14 @@ ROWS = [
     Row("consensus", partial(consensus, scale=0.3), each_key(partial(robust.consensus, scale=0.3)), fewest=2),
     Row("Iso-C", iso_c, each_key(spectral.iso_c), tolerance=1e-4),
     Row("Iso-CTS", partial(iso_cts, common=0.5), each_key(partial(subspace.iso_cts, common=0.5)), tolerance=1e-3),
+    Row("WUDI", wudi, each_key(subspace.wudi), tolerance=1e-4),
+    Row(
+        "WUDI by steps",
+        partial(wudi, steps=4, step_size=1e-3),
+        each_key(partial(subspace.wudi_by_steps, steps=4, step_size=1e-3)),
+        homogeneous=False,  # steps have a fixed length
+        tolerance=1e-4,
+    ),
     Row("TSV-Merge", tsv, each_key(spectral.tsv), tolerance=1e-3),
     # weights apply after trimming: per layer they do not change what is kept of the whole vector
     Row("TIES", ties, partial(ties_definition.merged, density=0.2), premultiplied=False),
@@ -105,6 +114,13 @@ ROWS = [
         each_key(partial(sparse.breadcrumbs, smallest=0.5, largest=0.1, scale=0.3)),
     ),
     Row("breadcrumbs with TIES", partial(breadcrumbs, smallest=0.3, largest=0.1, rule=ties, density=1.0), None),
+    Row(
+        "PCB-Merging",
+        partial(pcb_merging, density=0.3),
+        robust.whole(partial(sparse.pcb_merging, density=0.3)),
+        homogeneous=False,  # the second factor saturates
+        premultiplied=False,  # weights apply after the competition
+    ),
     Row("DARE", partial(dare, seed=0), None, permutable=False),
     Row("DELLA", partial(della, window=0.2, seed=0), None, permutable=False),
     Row("DELLA linear", partial(della, seed=0, by="tensor", rule=task_arithmetic), None, permutable=False),

@@ -7,7 +7,7 @@ one tensor at a time. The model itself stays untouched.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,7 +99,7 @@ class Interpolated:
         for layer, parameter, row in zip(self.layers, self.parameters, coefficients.tolist(), strict=True):
             wide = parameter if parameter.element_size() >= 4 else torch.empty_like(parameter, dtype=torch.float32)
             wide.copy_(layer.base)
-            for step, a, w in zip(self._steps(layer, wide.dtype), row, layer.weights, strict=True):
+            for step, a, w in zip(self.steps(layer, wide.dtype), row, layer.weights, strict=True):
                 wide.add_(step, alpha=a * w)
             if wide is not parameter:
                 parameter.copy_(wide)
@@ -125,10 +125,11 @@ class Interpolated:
             return torch.zeros(self.count, device=self.parameters[index].device)
         wide = gradient if gradient.element_size() >= 4 else gradient.float()
         flat = wide.reshape(-1)
-        steps = zip(self._steps(layer, wide.dtype), layer.weights, strict=True)
+        steps = zip(self.steps(layer, wide.dtype), layer.weights, strict=True)
         return torch.stack([torch.dot(flat, step.reshape(-1)) * w for step, w in steps])
 
-    def _steps(self, layer: Layer, dtype: torch.dtype) -> Iterator[Tensor]:
+    def steps(self, layer: Layer, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The vectors' tensors of a layer, one by one, where the model is; not to be written to."""
         for source in self.fusion.sources:
             yield source.whole(layer.names[0], dtype, layer.base.device)
 
@@ -186,6 +187,20 @@ def entropy(logits: Tensor) -> Tensor:
     """The mean entropy, in nats, of (B, K) logits."""
     wide = logits if logits.element_size() >= 4 else logits.float()
     return -(wide.softmax(-1) * wide.log_softmax(-1)).sum(-1).mean()
+
+
+def mean_entropy(
+    call: WithState, parameters: Sequence[Tensor], tasks: Mapping[str, Task], streams: Mapping[str, Iterator[Any]]
+) -> float:
+    """Of the next batch of every task; its gradient is added to the parameters'."""
+    total = 0.0
+    for where, task in tasks.items():
+
+        def down(logits: Tensor, where: str = where) -> float:
+            return descend(entropy(logits), 1 / len(tasks), parameters, where)
+
+        total += call.inside(down, next(streams[where]), where, head=rows_of(task.head))
+    return total / len(tasks)
 
 
 def descend(value: Any, share: float, parameters: Sequence[Tensor], what: str) -> float:

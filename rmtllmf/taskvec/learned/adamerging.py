@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Unpack
 
 from ..._call import WithState
@@ -18,7 +18,7 @@ from ..rules.arithmetic import task_arithmetic
 from ..rules.ties import ties
 from ..vector import TaskVector
 from ._adam import Schedule
-from ._interpolated import Interpolated, descend, endless, entropy, prepared, rows_of
+from ._interpolated import Interpolated, endless, mean_entropy, prepared
 from .weights import LearnedWeights
 
 __all__ = ["adamerging", "adamerging_coefficients"]
@@ -98,18 +98,11 @@ def adamerging_coefficients(
     given = prepared(tasks)
     streams = {where: endless(task, where, at.device) for where, task in given.items()}
 
-    def mean_entropy(call: WithState) -> float:
-        total = 0.0
-        for where, task in given.items():
-
-            def down(logits: Tensor, where: str = where) -> float:
-                return descend(entropy(logits), 1 / len(given), at.parameters, where)
-
-            total += call.inside(down, next(streams[where]), where, head=rows_of(task.head))
-        return total / len(given)
+    def objective(call: WithState) -> float:
+        return mean_entropy(call, at.parameters, given, streams)
 
     bar = "AdaMerging" if progress else None
-    return schedule.run(at, model, given.values(), mean_entropy, shared=by == "task", bar=bar)
+    return schedule.run(at, model, given.values(), objective, shared=by == "task", bar=bar)
 
 
 def adamerging(
