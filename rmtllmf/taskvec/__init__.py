@@ -42,16 +42,16 @@ from .rules.model_stock import model_stock, model_stock_ratios
 from .rules.multi_krum import krum_scores, multi_krum
 from .rules.norm_clipping import norm_clipping
 from .rules.optimal_brain_merging import optimal_brain_merging
-from .rules.regmean import regmean
 from .rules.pcb_merging import pcb_merging
+from .rules.regmean import regmean
 from .rules.slerp import slerp
 from .rules.tall_compression import tall_compression
 from .rules.ties import ties
 from .rules.trimmed_mean import trimmed_mean
 from .rules.tsv import tsv
 from .rules.weighted_average import weighted_average
-from .rules.wudi import wudi
 from .rules.widen import widen
+from .rules.wudi import wudi
 from .vector import TaskVector
 
 __all__ = [
@@ -104,8 +104,8 @@ __all__ = [
     "multi_krum",
     "norm_clipping",
     "optimal_brain_merging",
-    "regmean",
     "pcb_merging",
+    "regmean",
     "slerp",
     "smile",
     "snip_scores",
@@ -118,6 +118,6 @@ __all__ = [
     "tsv",
     "twin_merging",
     "weighted_average",
-    "wudi",
     "widen",
+    "wudi",
 ]

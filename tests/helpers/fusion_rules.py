@@ -37,14 +37,15 @@ from rmtllmf.taskvec import (
     multi_krum,
     norm_clipping,
     optimal_brain_merging,
-    regmean,
     pcb_merging,
+    regmean,
     task_arithmetic,
     ties,
     trimmed_mean,
     tsv,
     weighted_average,
     widen,
+    wudi,
 )
 
 Vectors = list[dict[str, torch.Tensor]]

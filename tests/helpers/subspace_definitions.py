@@ -1,4 +1,4 @@
-"""Rules about subspaces as their papers define them, with singular value decompositions; of (N, ...) stacked tensors."""
+"""Rules about subspaces as their papers define them, with whole SVDs; of (N, ...) stacked tensors."""
 
 import torch
 
@@ -17,3 +17,32 @@ def iso_cts(x, common=0.8):
         u, t, vh = torch.linalg.svd(task - U[:, :k] @ U[:, :k].mT @ task, full_matrices=False)
         Us, ss, Vhs = [*Us, u[:, :own]], [*ss, t[:own]], [*Vhs, vh[:own]]
     return torch.cat(ss).mean() * polar(torch.cat(Us, 1)) @ polar(torch.cat(Vhs, 0))
+
+
+def wudi_loss(X, x):
+    """Interference with each task, of those that have a matrix at all."""
+    return sum((((X - task) @ task.mT) ** 2).sum() / (task**2).sum() for task in x if task.any())
+
+
+def wudi(x):
+    """By least squares: ``X W^T = S`` for all tasks' rows W."""
+    if x.ndim != 3 or not x.numel():
+        return x.mean(0)
+    told = [task for task in x if task.any()]
+    if not told:
+        return torch.zeros_like(x[0])
+    W = torch.cat([task / task.norm() for task in told])
+    S = torch.cat([task @ task.mT / task.norm() for task in told], 1)
+    return S @ torch.linalg.pinv(W, rtol=1e-7).mT
+
+
+def wudi_by_steps(x, steps, step_size):
+    if x.ndim != 3 or not x.numel():
+        return x.mean(0)
+    X = torch.nn.Parameter(x.sum(0))
+    optimizer = torch.optim.Adam([X], lr=step_size)
+    for _ in range(steps if x.any() else 0):
+        optimizer.zero_grad()
+        wudi_loss(X, x).backward()
+        optimizer.step()
+    return X.detach()

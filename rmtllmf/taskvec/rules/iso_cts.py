@@ -14,11 +14,11 @@ from .._engine import Fusion
 from .._options import FusionOptions
 from ..vector import TaskVector
 from ._joined import Triplets, decorrelated, joined
-from ._spectral import averaged, leading, rounding_level, scaled
+from ._spectral import averaged, leading, preimage, rounding_level, scaled
 
 __all__ = ["iso_cts"]
 
-PROJECTED = 4.0  # rounding of a projection in float32, as a multiple of that of the entries
+STRONG = 1e-3  # share of a matrix's norm above which directions are good enough after a projection in float32
 
 
 def iso_cts(
@@ -38,8 +38,8 @@ def iso_cts(
     that there are r directions in all. Where s is 0 (more tasks than directions) this is Iso-C. Tensors that are no
     matrices (biases, convolutions) are averaged, :math:`\tau = \frac{\lambda}{N} \sum_q \tau_q`.
 
-    Directions whose singular value is at the level that rounding makes are left out, and what tasks share exactly counts
-    once, as in `tsv`; the mean is over r nevertheless, as in `iso_c`.
+    Directions whose singular value is at the level that rounding makes are left out, and what tasks share exactly
+    counts once, as in `tsv`; the mean is over r nevertheless, as in `iso_c`.
 
     Args:
         vectors: N mappings of name -> tensor with the same keys and shapes. Not written to.
@@ -104,9 +104,14 @@ class _Beside:
 
     def leading(self, X: Tensor, count: int, quick: bool) -> Triplets:
         """The `count` leading singular triplets of what is left of X."""
-        floor, dtype = PROJECTED * rounding_level([X]), X.dtype
-        if self.others is None:
-            U = self.U.to(dtype)
-            return leading(torch.addmm(X, U, U.mT @ X, alpha=-1), count, floor, dtype, quick=quick)
-        U, s, V = leading(self.others.to(dtype).mT @ X, count, floor, dtype)
-        return self.others @ U, s, V
+        floor = rounding_level([X])
+        if self.others is not None:
+            U, s, V = leading(preimage(X, self.others).mT, count, floor, X.dtype)
+            return self.others @ U, s, V
+        if quick:
+            U = self.U.to(X.dtype)
+            rest = torch.addmm(X, U, U.mT @ X, alpha=-1)
+            found = leading(rest, count, floor, X.dtype, quick=True)
+            if len(found[1]) == count and float(found[1][-1]) > STRONG * float(torch.linalg.vector_norm(X)):
+                return found
+        return leading(X.double() - self.U @ preimage(X, self.U).mT, count, floor, X.dtype)

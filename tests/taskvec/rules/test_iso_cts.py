@@ -69,7 +69,7 @@ def test_more_tasks_than_directions_is_iso_c():
 
 def test_what_the_sum_hides_is_kept():
     """Iso-C knows of the sum only, in which a weak task drowns; here each task has directions of its own."""
-    strong, weak = normal(30, 24), 0.05 * normal(30, 2, seed=1) @ normal(2, 24, seed=2)
+    strong, weak = normal(30, 24), 0.01 * normal(30, 2, seed=1) @ normal(2, 24, seed=2)
     vectors = [{"w": strong}, {"w": weak}]
 
     def alignment(update):
