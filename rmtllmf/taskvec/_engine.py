@@ -116,12 +116,22 @@ class Fusion:
         return self._run([], None, combine, weighted, by_part=not positional)
 
     def by_matrix(
-        self, combine: Callable[[str, list[Tensor]], Tensor], otherwise: Callable[[Piece], None]
+        self,
+        combine: Callable[[str, list[Tensor]], Tensor],
+        otherwise: Callable[[Piece], None],
+        *,
+        keys: Iterable[str] | None = None,
+        weighted: bool = True,
     ) -> TaskVector:
-        """The update of a rule for matrices: a new one from N weighted ones, and `otherwise` for all other tensors."""
-        matrices = [key for key in self.keys if len(self.specs[key].shape) == 2 and self.specs[key].size]
+        """The update of a rule for matrices: a new one from N weighted ones, and `otherwise` for all other tensors.
+
+        `keys`: other tensors than those of two dimensions that `combine` is for.
+        """
+        if keys is None:
+            keys = [key for key in self.keys if len(self.specs[key].shape) == 2]
+        matrices = [key for key in keys if self.specs[key].size]
         matrices.sort(key=lambda key: (-self.specs[key].size, key))  # the longest first, so that no thread waits
-        return self._run(matrices, combine, otherwise, True, by_part=not matrices)
+        return self._run(matrices, combine, otherwise, weighted, by_part=not matrices)
 
     def survey(
         self, look: Callable[[Piece], Found], *, keys: Iterable[str] | None = None, weighted: bool = True
@@ -181,7 +191,7 @@ class Fusion:
             def work(item: tuple[str, int, int]) -> None:
                 key, start, stop = item
                 if stop < 0 and combine is not None:
-                    update = self._matrix(key, combine)
+                    update = self._matrix(key, combine, weighted)
                 else:
                     piece = self._piece(space, key, start, stop, self.sink, weighted)
                     by_entry(piece)
@@ -199,9 +209,10 @@ class Fusion:
             return fused  # for `fuse` and `fuse_files`, which own the sink
         return TaskVector._of({key: fused[key] for key in self.sources[0].specs if key in fused})
 
-    def _matrix(self, key: str, combine: Callable[[str, list[Tensor]], Tensor]) -> Tensor:
+    def _matrix(self, key: str, combine: Callable[[str, list[Tensor]], Tensor], weighted: bool) -> Tensor:
         parts = [source.whole(key, self.compute[key], self.specs[key].device) for source in self.sources]
-        parts = [part if w == 1 else part * w for part, w in zip(parts, self.weights(key), strict=True)]
+        if weighted:
+            parts = [part if w == 1 else part * w for part, w in zip(parts, self.weights(key), strict=True)]
         try:
             return combine(key, parts).reshape(-1)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]

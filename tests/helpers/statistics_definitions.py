@@ -94,3 +94,36 @@ def fisher(vectors: Vectors, information: Vectors, weights=None, *, normalize=Tr
 def fisher_of_sizes(vectors: Vectors):
     """`fisher` of what `with_information` gives it."""
     return fisher(vectors, others(vectors))
+
+
+def grams(vectors) -> Vectors:
+    """Gram matrices that scale with the vectors, for all that has rows."""
+    return [
+        {key: t.flatten(1).mT @ t.flatten(1) / max(1, len(t)) for key, t in each.items() if t.ndim > 1}
+        for each in others(vectors)
+    ]
+
+
+def with_grams(rule, **options):
+    """A rule of vectors only, from `regmean`."""
+    return lambda vectors, **more: rule(vectors, grams(list(vectors)), **options, **more)
+
+
+def regmean(vectors: Vectors, given: Vectors, alpha: float = 0.9, weights=None):
+    """With a pseudo-inverse around the average, and the average for what has no Gram matrices."""
+    weights = weights or [1.0] * len(vectors)
+    fused = {}
+    for key in vectors[0]:
+        mean = sum(w * v[key] for w, v in zip(weights, vectors, strict=True)) / sum(weights)
+        fused[key] = mean
+        if key in given[0] and mean.numel():
+            own = [g[key] for g in given]
+            scaled = [w * (alpha * g + (1 - alpha) * g.diag().diag()) for w, g in zip(weights, own, strict=True)]
+            moments = sum((v[key] - mean).flatten(1) @ g for v, g in zip(vectors, scaled, strict=True))
+            fused[key] = mean + (moments @ torch.linalg.pinv(sum(scaled), hermitian=True)).view(mean.shape)
+    return fused
+
+
+def regmean_of_grams(vectors: Vectors):
+    """`regmean` of what `with_grams` gives it."""
+    return regmean(vectors, grams(vectors))
