@@ -53,9 +53,19 @@ CURVATURE = {key: torch.rand(shape, generator=_source).square() + 0.01 for key, 
 CURVATURE["head"] = CURVATURE["l0.w"]
 
 
-def with_curvature(rule, **options):
-    """A rule of vectors only, from one that is given curvature too; the same for all tasks."""
-    return lambda vectors, **more: rule(vectors, [CURVATURE] * len(vectors), **options, **more)
+def given(rule, beside, **fixed):
+    """A rule of vectors only, from one that is given mappings too, ``beside(vectors)``; a rule of the package still."""
+
+    def call(vectors, **options):
+        return rule(vectors, beside(list(vectors)), **fixed, **options)
+
+    call.__module__, call.__qualname__ = rule.__module__, rule.__qualname__
+    return call
+
+
+def with_curvature(rule, **fixed):
+    """With the same curvature for all tasks."""
+    return given(rule, lambda vectors: [CURVATURE] * len(vectors), **fixed)
 
 
 def grafted(vectors, curvature, density, *, by_tensor=False, combine="curvature"):
@@ -108,11 +118,9 @@ def taken_in_turn(vectors, curvature, densities, *, by_model=False):
     return update
 
 
-def with_moments(rule, **options):
-    """The same for a rule that is given moments of the inputs of matrices, and nothing for other tensors."""
-    return lambda vectors, **more: rule(
-        vectors, [{k: h for k, h in MOMENTS.items() if k in vectors[0]}] * len(vectors), **options, **more
-    )
+def with_moments(rule, **fixed):
+    """With moments of the inputs of matrices, and nothing for other tensors."""
+    return given(rule, lambda v: [{key: h for key, h in MOMENTS.items() if key in v[0]}] * len(v), **fixed)
 
 
 def obim(vectors):

@@ -90,7 +90,7 @@ def widen(
 
     def scores(importance: Tensor, high: Tensor) -> Tensor:
         """The weights (N, ...) of what is so important, and high or not."""
-        return torch.softmax(importance, 0).masked_fill_(high, calibration)
+        return _softmax(importance).masked_fill_(high, calibration)
 
     def matrix(key: str, parts: list[Tensor]) -> Tensor:
         before = origin.whole(key, parts[0].dtype, parts[0].device)
@@ -117,9 +117,21 @@ def widen(
         values = torch.stack(piece.parts)
         size = values.abs()
         mean = torch.tensor(means[piece.key], dtype=torch.float64, device=size.device)[:, None]
-        torch.sum(scores(size, size > ratio * mean).mul_(values), 0, out=piece.into).mul_(factor)
+        piece.into.zero_()
+        for weight, value in zip(scores(size, size > ratio * mean), values, strict=True):
+            piece.into.addcmul_(weight, value)
+        piece.into.mul_(factor)
 
     return fusion.by_matrix(matrix, otherwise)
+
+
+def _softmax(x: Tensor) -> Tensor:
+    """Over the first dimension. torch's own rounds otherwise where a piece ends."""
+    x = (x - x.amax(0)).exp_()
+    total = x[0].clone()
+    for row in x[1:]:
+        total += row
+    return x.div_(total)
 
 
 def _changes(before: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
