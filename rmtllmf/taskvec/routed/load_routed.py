@@ -77,7 +77,7 @@ def load_routed(
             swaps[id(layer)] = SmileLinear(layer, right, left, shift, gate_rank, top_k)
     result = swapped(copy, swaps)
     if twin:
-        count = right.shape[1]
+        count = right.shape[1]  # of any layer
         result = TwinMerged(result, count, mixture, router or _router(state), embed)
     own = result.state_dict()
     check_keys(state, own, "source", "model with its experts")

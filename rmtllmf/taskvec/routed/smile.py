@@ -28,7 +28,7 @@ class SmileLinear(nn.Module):
 
     Attributes:
         weight, bias: (m, n) and (m,) or None, of the base model.
-        right: (max(rank, gate rank), N, n), the leading right singular vectors of every expert's matrix.
+        right: (N, max(rank, gate rank), n), the leading right singular vectors of every expert's matrix.
         left: (N, m, rank), its left singular vectors times the singular values.
         shift: (N, m), what every expert changes in the bias; None without one.
         routing: the gate rank and K, so that a state dict says everything.
@@ -58,8 +58,8 @@ class SmileLinear(nn.Module):
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., n) -> the weights p and the indices of the chosen experts, (..., K) each, the heaviest first."""
-        projected = linear(x, self.right[: self.gate_rank].flatten(0, 1)).unflatten(-1, (self.gate_rank, self.count))
-        norms, chosen = torch.linalg.vector_norm(projected, dim=-2).topk(self.top_k, dim=-1)
+        projected = linear(x, self.right[:, : self.gate_rank].flatten(0, 1)).unflatten(-1, (self.count, -1))
+        norms, chosen = torch.linalg.vector_norm(projected, dim=-1).topk(self.top_k, dim=-1)
         return norms.softmax(-1), chosen
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class SmileLinear(nn.Module):
             if not len(slots):
                 continue
             tokens = slots if self.top_k == 1 else slots // self.top_k
-            made = linear(linear(rows[tokens], self.right[:rank, expert]), self.left[expert], self._shift(expert))
+            made = linear(linear(rows[tokens], self.right[expert, :rank]), self.left[expert], self._shift(expert))
             if self.top_k > 1:
                 made = made * share.flatten()[slots, None]
             output.index_add_(0, tokens, made)
@@ -160,12 +160,12 @@ def smile(
         m, n = layer.weight.shape
         kept, looked_at = min(rank, m, n), min(gate_rank, m, n)
         matrix = changes[0].weight
-        right = matrix.new_zeros(max(kept, looked_at), len(changes), n)
+        right = matrix.new_zeros(len(changes), max(kept, looked_at), n)
         left = matrix.new_zeros(len(changes), m, kept)
         for index, change in enumerate(changes):
             (part,), unit = scaled([change.weight])
-            U, s, V = leading(part, len(right), rounding_level([part]), part.dtype, quick=True)
-            right[: len(s), index] = V.mT
+            U, s, V = leading(part, right.shape[1], rounding_level([part]), part.dtype, quick=True)
+            right[index, : len(s)] = V.mT
             count = min(len(s), kept)
             left[index, :, :count] = (U * (s * unit))[:, :count]
         shift = None if changes[0].bias is None else torch.stack([c.bias for c in changes if c.bias is not None])

@@ -133,7 +133,7 @@ def test_an_expert_without_change_is_no_expert():
     vectors = [{"weight": torch.zeros(3, 3)}, {"weight": torch.diag(torch.tensor([0.0, 2.0, 0.0]))}]
     routed = smile(base, vectors, rank=3, gate_rank=3)
     assert routed.route(torch.eye(3, dtype=torch.float64)[1:2])[1].item() == 1
-    assert not routed.right[:, 0].any()
+    assert not routed.right[0].any()
 
 
 def test_shared_layers_are_one_and_shared_weights_none():
