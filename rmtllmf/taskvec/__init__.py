@@ -15,10 +15,15 @@ from .learned.expert_merging import expert_merging, expert_merging_coefficients
 from .learned.fisher_information import fisher_information
 from .learned.frank_wolfe import frank_wolfe, frank_wolfe_coefficients
 from .learned.input_grams import input_grams
+from .learned.regmean_plus_plus import regmean_plus_plus
 from .learned.snip_scores import snip_scores
+from .learned.pareto_front import ParetoFront, pareto_front
 from .learned.weights import LearnedWeights
 from .low_rank import LowRank, low_rank
 from .masked_vectors import MaskedVectors
+from .mergeability import HiddenLayer, Mergeability, mergeability
+from .osrm import osrm
+from .reversible_merging import ReversibleMerge, reversible_merging
 from .routed.load_routed import load_routed
 from .routed.smile import SmileLinear, smile
 from .routed.train_router import Router, RouterTraining, train_router
@@ -41,6 +46,7 @@ from .rules.median import coordinate_median
 from .rules.model_stock import model_stock, model_stock_ratios
 from .rules.multi_krum import krum_scores, multi_krum
 from .rules.norm_clipping import norm_clipping
+from .rules.opcm import ContinualMerge, opcm
 from .rules.optimal_brain_merging import optimal_brain_merging
 from .rules.pcb_merging import pcb_merging
 from .rules.regmean import regmean
@@ -56,10 +62,15 @@ from .vector import TaskVector
 
 __all__ = [
     "ConcreteMask",
+    "ContinualMerge",
     "FusionOptions",
+    "HiddenLayer",
     "LearnedWeights",
     "LowRank",
     "MaskedVectors",
+    "Mergeability",
+    "ParetoFront",
+    "ReversibleMerge",
     "Router",
     "RouterTraining",
     "SmileLinear",
@@ -99,13 +110,19 @@ __all__ = [
     "lines",
     "load_routed",
     "low_rank",
+    "mergeability",
     "model_stock",
     "model_stock_ratios",
     "multi_krum",
     "norm_clipping",
+    "opcm",
     "optimal_brain_merging",
+    "osrm",
+    "pareto_front",
     "pcb_merging",
     "regmean",
+    "regmean_plus_plus",
+    "reversible_merging",
     "slerp",
     "smile",
     "snip_scores",

@@ -83,36 +83,48 @@ def regmean(
         >>> regmean(vectors, grams)["w"]  # both see the first input, only the second task the other one
         tensor([[2., 5.]])
     """
-    factor, share = finite_number(scale, "scale"), finite_number(alpha, "alpha")
-    if not 0 <= share <= 1:
-        raise InputError(f"alpha: expected a share in [0, 1], where 1 keeps all of the Gram matrices, got {share:g}")
-    if unseen not in get_args(Unseen):
-        raise InputError(f"unseen: expected 'average' or 'base', got {unseen!r}")
     fusion = Fusion(vectors, options)
-    shares: dict[str, list[float]] = {}
-    for key in fusion.keys:
-        weights = fusion.weights(key)
-        if min(weights) < 0 or max(weights) == 0:
-            raise InputError(f"weights: expected at least 0, and one above, for {key!r}, got {weights}")
-        shares[key] = [weight / sum(weights) for weight in weights]
-    found = _checked(fusion, grams)
+    fits = Fits(fusion, alpha, unseen, scale)
+    found = checked_grams(fusion, grams)
+    return fusion.by_matrix(
+        lambda key, parts: fits.of(key, parts, found[key]), fits.average, keys=found, weighted=False
+    )
 
-    def matrix(key: str, parts: list[Tensor]) -> Tensor:
-        shape, device = parts[0].shape, parts[0].device
-        blocks = [gram.to(device) for gram in found[key]]
-        rows = [part.reshape(len(blocks[0]), -1, blocks[0].shape[-1]) for part in parts]
-        fits = [
-            _fit([row[index] for row in rows], [gram[index] for gram in blocks], shares[key], share, unseen)
-            for index in range(len(blocks[0]))
+
+class Fits:
+    """The fits of linear layers, and averages for all else, to unweighted parts."""
+
+    def __init__(self, fusion: Fusion, alpha: float, unseen: Unseen, scale: float) -> None:
+        self.factor, self.alpha, self.unseen = finite_number(scale, "scale"), finite_number(alpha, "alpha"), unseen
+        if not 0 <= self.alpha <= 1:
+            raise InputError(
+                f"alpha: expected a share in [0, 1], where 1 keeps all of the Gram matrices, got {self.alpha:g}"
+            )
+        if unseen not in get_args(Unseen):
+            raise InputError(f"unseen: expected 'average' or 'base', got {unseen!r}")
+        self.shares: dict[str, list[float]] = {}
+        for key in fusion.keys:
+            weights = fusion.weights(key)
+            if min(weights) < 0 or max(weights) == 0:
+                raise InputError(f"weights: expected at least 0, and one above, for {key!r}, got {weights}")
+            self.shares[key] = [weight / sum(weights) for weight in weights]
+
+    def of(self, key: str, parts: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
+        """The update of a weight for N parts and Gram matrices (b, n, n)."""
+        grams = [gram.to(parts[0].device) for gram in grams]
+        blocks, n, _ = grams[0].shape
+        rows = [part.reshape(blocks, -1, n) for part in parts]
+        found = [
+            _fit([row[i] for row in rows], [gram[i] for gram in grams], self.shares[key], self.alpha, self.unseen)
+            for i in range(blocks)
         ]
-        return torch.cat(fits).reshape(shape).to(parts[0].dtype).mul_(factor)
+        return torch.cat(found).reshape(parts[0].shape).to(parts[0].dtype).mul_(self.factor)
 
-    def average(piece: Piece) -> None:
+    def average(self, piece: Piece) -> None:
+        """The update of anything else."""
         into = piece.into.zero_()
-        for part, weight in zip(piece.parts, shares[piece.key], strict=True):
-            into.add_(part, alpha=factor * weight)
-
-    return fusion.by_matrix(matrix, average, keys=found, weighted=False)
+        for part, weight in zip(piece.parts, self.shares[piece.key], strict=True):
+            into.add_(part, alpha=self.factor * weight)
 
 
 def _fit(
@@ -172,8 +184,8 @@ def _by_eigenvectors(moments: Tensor, total: Tensor, precision: float) -> Tensor
     return (moments @ V).mul_(inverse) @ V.mT
 
 
-def _checked(fusion: Fusion, grams: Iterable[Tensors]) -> dict[str, list[Tensor]]:
-    """Name -> for each vector its Gram matrices (b, n, n), for names that have some."""
+def checked_grams(fusion: Fusion, grams: Iterable[Tensors], *, expected: bool = True) -> dict[str, list[Tensor]]:
+    """Name -> for each vector its Gram matrices (b, n, n), for names that have some; `expected`: an error for none."""
     given = listed(grams, "grams", fusion.count)
     twins = {key: [key] for key in fusion.keys}
     for name, key in fusion.alias.items():
@@ -190,7 +202,7 @@ def _checked(fusion: Fusion, grams: Iterable[Tensors]) -> dict[str, list[Tensor]
             found[key] = [_block(gram, shape, f"grams[{index}][{key!r}]") for index, gram in enumerate(here)]
             if len({gram.shape for gram in found[key]}) > 1:
                 raise StateMismatchError(f"grams: have different numbers of blocks for {key!r}")
-    if not found:
+    if expected and not found:
         raise InputError(
             f"grams: name nothing that is fused; they have {quoted(given[0])}, the vectors {quoted(fusion.keys)}"
         )
