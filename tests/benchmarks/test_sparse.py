@@ -10,8 +10,9 @@ import os
 import pytest
 import torch
 
+from helpers import sparse_definitions as sparse
 from helpers.timing import interleaved
-from rmtllmf.taskvec import breadcrumbs, della, model_stock, slerp, task_arithmetic
+from rmtllmf.taskvec import breadcrumbs, della, model_stock, pcb_merging, slerp, task_arithmetic
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -132,3 +133,17 @@ def test_slerp(peer):
 
     _, apart = compare(f"SLERP, {peer}", lambda: slerp(vectors, 0.3), theirs)
     assert apart < 1e-4
+
+
+def test_pcb_merging_beside_its_definition():
+    """No peer can be installed: the authors' code, transcribed, with its full sorts; vectors are as short as in use."""
+    vectors = [{key: 1e-3 * tensor for key, tensor in tower.items()} for tower in towers(4)]
+    sizes = [tensor.numel() for tensor in vectors[0].values()]
+
+    def theirs():
+        rows = torch.stack([torch.cat([tensor.reshape(-1) for tensor in vector.values()]) for vector in vectors])
+        parts = sparse.pcb_merging(rows, 0.1).split(sizes)
+        return {key: part.view(vectors[0][key].shape) for key, part in zip(vectors[0], parts, strict=True)}
+
+    differ, _ = compare("PCB-Merging, its definition", lambda: pcb_merging(vectors, 0.1), theirs)
+    assert differ < 1e-4 * sum(sizes)

@@ -36,6 +36,7 @@ from rmtllmf.taskvec import (
     model_stock,
     multi_krum,
     norm_clipping,
+    opcm,
     optimal_brain_merging,
     pcb_merging,
     regmean,
@@ -98,6 +99,7 @@ ROWS = [
         homogeneous=False,  # steps have a fixed length
         tolerance=1e-4,
     ),
+    Row("OPCM", opcm, subspace.opcm, permutable=False, tolerance=1e-4),
     Row("TSV-Merge", tsv, each_key(spectral.tsv), tolerance=1e-3),
     # weights apply after trimming: per layer they do not change what is kept of the whole vector
     Row("TIES", ties, partial(ties_definition.merged, density=0.2), premultiplied=False),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from .._sources import Source, sources_of
 from ..vector import TaskVector
 from ._marks import Mark, marks
 from ._pruned import Pruned, refuse_gradients
+from ._selection import floor_of
 from .arithmetic import task_arithmetic
 
 __all__ = ["breadcrumbs"]
@@ -89,15 +88,10 @@ def _share(value: float, argument: str) -> float:
     return share
 
 
-def _count(share: float, size: int) -> int:
-    """``floor(share * size)``, where a share such as 0.29 means 29/100 and not the float below it."""
-    return math.floor(Fraction(share) * size * (1 + Fraction(1, 1 << 50)))
-
-
 def _between(fusion: Fusion, sources: Sequence[Source], below: float, above: float) -> list[Source]:
     fusion.lengthen(4)
-    lower = marks(fusion, lambda size: size - _count(below, size)) if below else {}
-    upper = marks(fusion, lambda size: _count(above, size))
+    lower = marks(fusion, lambda size: size - floor_of(below, size)) if below else {}
+    upper = marks(fusion, lambda size: floor_of(above, size))
     for known in (lower, upper):
         known |= {key: known[original] for key, original in fusion.alias.items() if original in known}
     return [
