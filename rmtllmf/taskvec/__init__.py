@@ -43,6 +43,7 @@ from .rules.iso_cts import iso_cts
 from .rules.led_merging import led_masks, led_merging
 from .rules.lines import lines
 from .rules.median import coordinate_median
+from .rules.metrics_weighted_average import metric_weights, metrics_weighted_average
 from .rules.model_stock import model_stock, model_stock_ratios
 from .rules.multi_krum import krum_scores, multi_krum
 from .rules.norm_clipping import norm_clipping
@@ -111,6 +112,8 @@ __all__ = [
     "load_routed",
     "low_rank",
     "mergeability",
+    "metric_weights",
+    "metrics_weighted_average",
     "model_stock",
     "model_stock_ratios",
     "multi_krum",
