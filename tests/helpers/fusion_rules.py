@@ -33,6 +33,7 @@ from rmtllmf.taskvec import (
     iso_c,
     iso_cts,
     led_merging,
+    metrics_weighted_average,
     model_stock,
     multi_krum,
     norm_clipping,
@@ -73,6 +74,11 @@ def each_key(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Vect
 
 MASK = {key: tensor.sigmoid() for key, tensor in masks.BASE.items()}
 
+def by_losses(vectors: Vectors, **options: Any) -> Any:
+    """The average weighted by the losses 1, 1/2, 1/3, ..."""
+    return metrics_weighted_average(vectors, [1 / (q + 1) for q in range(len(vectors))], **options)
+
+
 ROWS = [
     Row("task arithmetic", partial(task_arithmetic, scale=0.3), each_key(lambda x: 0.3 * x.sum(0))),
     Row(
@@ -81,6 +87,12 @@ ROWS = [
         lambda vectors: {key: 0.4 * MASK[key].double() * sum(v[key] for v in vectors) for key in vectors[0]},
     ),
     Row("weighted average", weighted_average, each_key(lambda x: x.mean(0)), premultiplied=False),
+    Row(
+        "metrics-weighted average",
+        by_losses,
+        each_key(lambda x: torch.einsum("n,n...->...", torch.arange(1.0, len(x) + 1).double() / sum(range(len(x) + 1)), x)),
+        permutable=False,
+    ),
     Row("coordinate median", coordinate_median, each_key(robust.median)),
     Row("trimmed mean", partial(trimmed_mean, trim=1), each_key(partial(robust.trimmed, trim=1)), fewest=3),
     Row("trimmed mean by share", partial(trimmed_mean, trim=0.3), each_key(partial(robust.trimmed, trim=0.3))),

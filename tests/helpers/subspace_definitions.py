@@ -46,3 +46,25 @@ def wudi_by_steps(x, steps, step_size):
         wudi_loss(X, x).backward()
         optimizer.step()
     return X.detach()
+
+
+def opcm(vectors, alpha=0.5):
+    """Of whole vectors, one after the other."""
+    total = dict(vectors[0])
+    for vector in vectors[1:]:
+        for key, part in vector.items():
+            if part.ndim == 2 and part.numel():
+                U, s, Vh = torch.linalg.svd(total[key])
+                here = s > 1e-6 * s.sum()
+                known = int((s.cumsum(0) / s.sum() <= alpha).sum())
+                inner = U.mT @ part @ Vh.mT
+                inner.diagonal()[: len(s)][here] = 0
+                inner[:known, :known] = 0
+                part = U @ inner @ Vh
+            total[key] = total[key] + part
+
+    def norm(vector):
+        return sum((tensor**2).sum() for tensor in vector.values()).sqrt()
+
+    mean = sum(norm(vector) for vector in vectors) / len(vectors)
+    return {key: tensor * mean / norm(total) if mean else tensor for key, tensor in total.items()}
