@@ -15,9 +15,9 @@ from .learned.expert_merging import expert_merging, expert_merging_coefficients
 from .learned.fisher_information import fisher_information
 from .learned.frank_wolfe import frank_wolfe, frank_wolfe_coefficients
 from .learned.input_grams import input_grams
+from .learned.pareto_front import ParetoFront, pareto_front
 from .learned.regmean_plus_plus import regmean_plus_plus
 from .learned.snip_scores import snip_scores
-from .learned.pareto_front import ParetoFront, pareto_front
 from .learned.weights import LearnedWeights
 from .low_rank import LowRank, low_rank
 from .masked_vectors import MaskedVectors
@@ -34,6 +34,7 @@ from .rules.concrete import concrete
 from .rules.consensus import consensus, tall_masks
 from .rules.dare import dare
 from .rules.della import della
+from .rules.doge import doge
 from .rules.emr import emr, emr_unified
 from .rules.fisher import fisher
 from .rules.fisher_grafting import fisher_grafting
@@ -89,6 +90,7 @@ __all__ = [
     "coordinate_median",
     "dare",
     "della",
+    "doge",
     "emr",
     "emr_unified",
     "expert_merging",

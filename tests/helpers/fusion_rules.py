@@ -26,6 +26,7 @@ from rmtllmf.taskvec import (
     coordinate_median,
     dare,
     della,
+    doge,
     emr_unified,
     fisher,
     fisher_grafting,
@@ -74,6 +75,7 @@ def each_key(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Vect
 
 MASK = {key: tensor.sigmoid() for key, tensor in masks.BASE.items()}
 
+
 def by_losses(vectors: Vectors, **options: Any) -> Any:
     """The average weighted by the losses 1, 1/2, 1/3, ..."""
     return metrics_weighted_average(vectors, [1 / (q + 1) for q in range(len(vectors))], **options)
@@ -90,7 +92,9 @@ ROWS = [
     Row(
         "metrics-weighted average",
         by_losses,
-        each_key(lambda x: torch.einsum("n,n...->...", torch.arange(1.0, len(x) + 1).double() / sum(range(len(x) + 1)), x)),
+        each_key(
+            lambda x: torch.einsum("n,n...->...", torch.arange(1.0, len(x) + 1).double() / sum(range(len(x) + 1)), x)
+        ),
         permutable=False,
     ),
     Row("coordinate median", coordinate_median, each_key(robust.median)),
@@ -112,6 +116,15 @@ ROWS = [
         tolerance=1e-4,
     ),
     Row("OPCM", opcm, subspace.opcm, permutable=False, tolerance=1e-4),
+    Row(
+        "DOGE",
+        partial(doge, density=0.5, subspace=2, steps=4, step_size=1e-3),
+        partial(subspace.doge, density=0.5, subspace=2, steps=4, step_size=1e-3),
+        homogeneous=False,  # coefficients are over the norms, steps have a fixed length
+        premultiplied=False,  # weights multiply the coefficients
+        tolerance=1e-4,
+        fewest=2,  # one task shares its directions with none
+    ),
     Row("TSV-Merge", tsv, each_key(spectral.tsv), tolerance=1e-3),
     # weights apply after trimming: per layer they do not change what is kept of the whole vector
     Row("TIES", ties, partial(ties_definition.merged, density=0.2), premultiplied=False),
