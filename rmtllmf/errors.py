@@ -10,6 +10,7 @@ __all__ = [
     "RmtllmfWarning",
     "ShapeError",
     "StateMismatchError",
+    "UnmergeableWarning",
 ]
 
 
@@ -78,5 +79,14 @@ class RmtllmfWarning(UserWarning):
 
     Example:
         >>> issubclass(RmtllmfWarning, UserWarning)
+        True
+    """
+
+
+class UnmergeableWarning(RmtllmfWarning):
+    """A model that was moved away from its base without changing its function, so that merging destroys it.
+
+    Example:
+        >>> issubclass(UnmergeableWarning, UserWarning)
         True
     """
