@@ -18,6 +18,7 @@ import rmtllmf.taskvec._engine as engine
 from helpers.fusion_rules import ROWS
 from rmtllmf.errors import InputError, NonFiniteError, StateMismatchError
 from rmtllmf.taskvec import TaskVector, fuse, iso_c, task_arithmetic
+from rmtllmf.taskvec.fuse import is_ours
 
 SHAPES = {"a.w": (6, 4), "b.w": (3, 7), "one": (1,), "conv": (2, 3, 2, 2), "long": (40,), "s": ()}
 
@@ -52,6 +53,8 @@ def check_rules(mesh):
                 assert getattr(found[key], "placements", None) == getattr(tensor, "placements", None), (row.name, key)
             if dim == 0:
                 check_same(row.rule(parts, out=spread(vectors(1, 9)[0], mesh)), expected, f"{row.name}, out")
+                if not is_ours(row.rule):
+                    continue  # `fuse` gathers the vectors for a function of the tests, so that its result is not spread
                 base = vectors(1, 5)[0]
                 models = [{key: base[key] + vector[key] for key in base} for vector in whole]
                 fused = fuse(spread(base, mesh), [spread(model, mesh) for model in models], row.rule)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._state import all_finite
 from ..._threads import share_out
 from .._engine import BLOCK, Fusion, Piece
 from .._sources import Source, Stored
@@ -154,6 +155,10 @@ class _Batch:
         missed = [unit for unit in units if unit not in cuts]
         if missed:
             cuts |= self._look({unit: _Bracket(exact, exact, 0) for unit, exact in self._by_bits(missed).items()})
+        for group, vector in missed:
+            if (group, vector) not in cuts:  # the threshold is NaN, which equals nothing
+                source = self.fusion.sources[vector]
+                raise self.fusion.blame(next(key for key in self.groups[group] if not all_finite(source.whole(key))))
         return cuts
 
     def _each(self, units: Sequence[Unit], work: Callable[[Unit], _Bracket]) -> dict[Unit, _Bracket]:

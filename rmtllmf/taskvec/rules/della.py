@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..._random import Seed, seed_number
 from ..._state import Tensors, finite_number
 from ...errors import InputError
+from .. import _engine
 from .._engine import BLOCK, Fusion, Piece
 from .._options import FusionOptions
 from .._sources import Source, Spec, sources_of
@@ -155,7 +156,7 @@ class _Sampled(Pruned):
         super().__init__(inner)
         self.index, self.prune = index, prune
         self._name = first_names(inner)
-        self.factors: Mapping[str, float] = {}  # of tensors that get their norm back
+        self.factors: dict[str, float] = {}  # of tensors that get their norm back
         self._of_thread = threading.local()
 
     def sliceable(self, key: str) -> bool:
@@ -197,27 +198,27 @@ class _Sampled(Pruned):
 def _restore_norms(fusion: Fusion, sources: Sequence[_Sampled]) -> None:
     """From now on every tensor is scaled to the l1 norm that it has before dropping, unless nothing of it is left."""
 
-    def look(piece: Piece) -> tuple[str, list[tuple[float, float]]]:
-        sums = []
+    def look(piece: Piece) -> tuple[str, Tensor]:
+        found = []
         for source, part in zip(sources, piece.parts, strict=True):
             given = source.inner.read(piece.key, piece.start, piece.stop, piece.spare(0, len(piece)))
-            sums.append((_absolute_sum(given), _absolute_sum(part)))
-        if not all(math.isfinite(total) for pair in sums for total in pair):
+            found.append(torch.stack([_sizes(given), _sizes(part)]))
+        sums = torch.stack(found).cpu().double()
+        if not torch.isfinite(sums).all():
             raise fusion.blame(piece.key)
         return piece.key, sums
 
-    totals: dict[str, list[list[float]]] = {}
+    parts: dict[str, list[Tensor]] = {}
     for key, sums in fusion.survey(look, weighted=False):
-        rows = totals.setdefault(key, [[0.0, 0.0] for _ in sources])
-        for row, (before, after) in zip(rows, sums, strict=True):
-            row[0] += before
-            row[1] += after
-    totals |= {key: totals[original] for key, original in fusion.alias.items() if original in totals}
-    for index, source in enumerate(sources):
-        found = {key: rows[index] for key, rows in totals.items()}
-        source.factors = {key: before / after for key, (before, after) in found.items() if after > 0}
+        parts.setdefault(key, []).append(sums)
+    for key, found in parts.items():
+        names = [key, *(name for name, original in fusion.alias.items() if original == key)]
+        for source, (before, after) in zip(sources, torch.cat(found, dim=-1).tolist(), strict=True):
+            if any(after):  # added up exactly, so that the order does not matter
+                source.factors |= dict.fromkeys(names, math.fsum(before) / math.fsum(after))
 
 
-def _absolute_sum(part: Tensor) -> float:
-    step = 1 << 14 if part.device.type == "cpu" else len(part)  # short enough for single precision, and for the cache
-    return math.fsum(float(block.abs().sum()) for block in part.split(max(1, step)))
+def _sizes(part: Tensor) -> Tensor:
+    """The l1 norms of chunks, which are the same ones whether a tensor is read in pieces or as a whole."""
+    longest = min(1 << 15, _engine.PIECE) if part.device.type == "cpu" else min(1 << 20, _engine.PIECE_ON_DEVICE)
+    return torch.stack([chunk.abs().sum() for chunk in part.split(longest)])

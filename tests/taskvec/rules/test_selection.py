@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import rmtllmf.taskvec._engine as engine
 import rmtllmf.taskvec.rules._selection as selection
+from rmtllmf.errors import NonFiniteError
 from rmtllmf.taskvec import ties
 from rmtllmf.taskvec._engine import Fusion
 from rmtllmf.taskvec._sources import Source, Stored
@@ -206,6 +207,16 @@ def test_equal_magnitudes_in_a_long_piece_are_looked_for_once(monkeypatch):
         assert torch.equal(fused["w"], ties(vectors, density, combine="sum")["w"])
         (kept,) = by_sorting(vectors[:1], [["w"]], density)
         assert torch.equal(ties([OnDemand(vectors[0], in_pieces=False)], density)["w"], kept["w"])
+
+
+@pytest.mark.parametrize("trim", ["global", "tensor"])
+@pytest.mark.parametrize("broken", [1, 20_000, 60_000])
+def test_a_vector_of_nan_is_named(trim, broken):
+    """Also if there are more of them than entries to be kept, so that the threshold is one."""
+    vectors = [{"a": torch.ones(5), "w": torch.randn(60_000)} for _ in range(2)]
+    vectors[1]["w"][:broken] = float("nan")
+    with pytest.raises(NonFiniteError, match=rf"vectors\[1\]\['w'\] holds {broken} non-finite"):
+        ties(vectors, trim=trim)
 
 
 @pytest.mark.parametrize("bracket", [(-1.0, float("inf")), (1.0, 1.0), (0.5, 2.0), (3.0, float("inf"))])
