@@ -11,6 +11,7 @@ from .fuse import fuse
 from .fuse_files import fuse_files
 from .learned.adamerging import adamerging, adamerging_coefficients
 from .learned.concrete_mask import ConcreteMask, concrete_mask
+from .learned.defense_aware_mask import DefenseAwareMask, defense_aware_mask
 from .learned.expert_merging import expert_merging, expert_merging_coefficients
 from .learned.fisher_information import fisher_information
 from .learned.frank_wolfe import frank_wolfe, frank_wolfe_coefficients
@@ -65,6 +66,7 @@ from .vector import TaskVector
 __all__ = [
     "ConcreteMask",
     "ContinualMerge",
+    "DefenseAwareMask",
     "FusionOptions",
     "HiddenLayer",
     "LearnedWeights",
@@ -89,6 +91,7 @@ __all__ = [
     "consensus",
     "coordinate_median",
     "dare",
+    "defense_aware_mask",
     "della",
     "doge",
     "emr",

@@ -1,5 +1,6 @@
 """FusionBench's programs for one model at a time, driven with plain tensors; skips the test where they are missing."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -40,19 +41,16 @@ def opcm(vectors, alpha):
     return merged
 
 
-def doge(vectors, scale, density, subspace):
+def doge(vectors, scale, density, subspace, steps=400):
     """Its steps for matrices, in the order of its `run`."""
     peer = load("DOGE_TA_Algorithm", "fusion_bench.method.doge_ta.doge_ta")
-    program = peer.__new__(peer)
-    program.delta = None
-    program.config = SimpleNamespace(lamda=scale, K=density, subspace=subspace)
-    program._fabric_instance = program._fabric = None
-    peer_fabric = SimpleNamespace(device=torch.device("cpu"), backward=lambda loss: loss.backward())
 
     class Driven(peer):
-        fabric = peer_fabric
+        fabric = SimpleNamespace(device=torch.device("cpu"), backward=lambda loss: loss.backward())
+        config = SimpleNamespace(lamda=scale, K=density, subspace=subspace)
 
-    program.__class__ = Driven
+    program = Driven.__new__(Driven)
+    program.delta = None
     program.lamdas = program.compute_layer_lamdas(vectors)
     program.projection = {}
     for key in vectors[0]:
@@ -61,7 +59,9 @@ def doge(vectors, scale, density, subspace):
         U = torch.linalg.svd(torch.cat([f.U[:, :share] for f in found], 1), full_matrices=False).U
         shared = U[:, : int(len(found[0].S) / subspace)]
         program.projection[key] = shared @ shared.T
-    program.optimize_delta(vectors)
+    with pytest.MonkeyPatch.context() as patch:  # the number of steps is written into it
+        patch.setattr(sys.modules[peer.__module__], "range", lambda *bounds: range(steps), raising=False)
+        program.optimize_delta(vectors)
     delta = {key: tensor.detach() for key, tensor in program.delta.items()}
     flat = [program.state_dict_to_vector(vector) for vector in vectors]
     masks = [program.topk_values_mask(each, K=density) for each in flat]

@@ -68,3 +68,32 @@ def opcm(vectors, alpha=0.5):
 
     mean = sum(norm(vector) for vector in vectors) / len(vectors)
     return {key: tensor * mean / norm(total) if mean else tensor for key, tensor in total.items()}
+
+
+def doge(vectors, scale=0.07, density=1.0, subspace=6, steps=400, step_size=1e-4):
+    """As the paper says, by automatic differentiation; trimming over all matrices together."""
+    keys = sorted(key for key, tensor in vectors[0].items() if tensor.ndim == 2 and tensor.numel())
+    result = {key: torch.zeros_like(tensor) for key, tensor in vectors[0].items()}
+    limits = []
+    for vector in vectors:
+        size = torch.cat([vector[key].abs().flatten() for key in keys]).sort(descending=True).values
+        limits.append(size[max(1, int(density * len(size))) - 1])
+    for key in keys:
+        x = torch.stack([vector[key] for vector in vectors])
+        norms = x.flatten(1).norm(dim=1)
+        factors = torch.where(norms > 0, scale / norms, 0.0)
+        r = min(x.shape[1:])
+        own = [torch.linalg.svd(task, full_matrices=False).U[:, : r // len(x)] for task in x]
+        shared = torch.linalg.svd(torch.cat(own, 1), full_matrices=False).U[:, : r // subspace]
+        delta = torch.nn.Parameter(torch.zeros_like(x[0]))
+        optimizer = torch.optim.Adam([delta], lr=step_size)
+        for _ in range(steps if x.any() else 0):
+            optimizer.zero_grad()
+            merged = (factors[:, None, None] * (x + delta)).sum(0)
+            sum(((task * (task - merged)).sum(1) ** 2).sum() for task in x).backward()
+            delta.grad -= shared @ shared.mT @ delta.grad
+            optimizer.step()
+        for task, factor, limit in zip(x, factors, limits, strict=True):
+            kept = (task.abs() >= limit) & (task != 0) if density < 1 else torch.ones_like(task)
+            result[key] += factor * kept * (task + delta.detach())
+    return result
