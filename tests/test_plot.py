@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from rmtllmf.errors import InputError
 from rmtllmf.metrics import DisentanglementGrid, cosine_similarity
-from rmtllmf.plot import disentanglement_map, fusion_chart, similarity_heatmap
+from rmtllmf.plot import disentanglement_map, fusion_chart, pareto_front, similarity_heatmap
+from rmtllmf.taskvec import ParetoFront
 
 METHODS = ("unprotected", "restored", "realigned", "both")
 CONDITIONS = ("ideal", "strongest_user", "sum_rate")
@@ -175,9 +176,44 @@ def test_the_map_of_large_errors_a_single_scale_and_bad_input():
         disentanglement_map(np.eye(2))
 
 
+def front(tasks=("a", "b"), offset=None):
+    points = torch.tensor([[0.5, 0.8, 0.1], [0.7, 0.7, 0.2], [0.8, 0.4, 0.3]])[:, : len(tasks)]
+    measured = None if offset is None else points + offset
+    return ParetoFront(tasks, "accuracy", True, 3 * points, points, measured, 2 * points, points / 2, (), ())
+
+
+def test_a_front_shows_prediction_measurement_and_samples():
+    ax = pareto_front(front(offset=-0.1))
+    (line,) = ax.lines
+    expected = front().predicted
+    assert line.get_xydata().tolist() == expected.tolist()
+    assert line.get_linestyle() == "-"
+    samples, measured = ax.collections
+    assert samples.get_offsets().tolist() == (expected / 2).tolist()
+    assert measured.get_offsets().tolist() == (expected - 0.1).tolist()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["samples", "predicted", "measured"]
+
+
+def test_two_tasks_of_several_are_drawn_as_points():
+    ax = pareto_front(front(("a", "b", "c")), ("c", "a"))
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("accuracy of c", "accuracy of a")
+    (line,) = ax.lines
+    assert line.get_xydata().tolist() == front(("a", "b", "c")).predicted[:, [2, 0]].tolist()
+    assert line.get_linestyle() == "None"
+    assert len(ax.collections) == 1
+    for tasks, message in ((("a", "z"), "'z'"), (("a", "a"), "two of"), (("a",), "two of")):
+        with pytest.raises(InputError, match=message):
+            pareto_front(front(), tasks)
+    with pytest.raises(InputError, match="two of 'a'"):
+        pareto_front(front(("a",)))
+    with pytest.raises(TypeError, match="front: expected a ParetoFront, got list"):
+        pareto_front([])
+
+
 @pytest.mark.parametrize(
     "draw",
     [
+        lambda ax: pareto_front(front(), ax=ax),
         lambda ax: fusion_chart(rows(), ax=ax),
         lambda ax: similarity_heatmap(np.eye(2), ax=ax),
         lambda ax: disentanglement_map(grid(), ax=ax),

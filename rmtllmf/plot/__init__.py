@@ -10,6 +10,7 @@ from .disentanglement import disentanglement_map
 from .distribution import mse_distribution
 from .fusion import fusion_chart
 from .heatmap import similarity_heatmap
+from .pareto import pareto_front
 from .symbols import constellation_plot
 from .water import water_filling
 
@@ -19,6 +20,7 @@ __all__ = [
     "disentanglement_map",
     "fusion_chart",
     "mse_distribution",
+    "pareto_front",
     "similarity_heatmap",
     "water_filling",
 ]

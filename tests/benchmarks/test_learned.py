@@ -1,7 +1,8 @@
 """Rules that learn beside FusionBench's parts, interleaved in one run; times are printed, values are asserted.
 
 Run with ``python -m pytest tests/benchmarks/test_learned.py -s`` where fusion_bench is installed. Two threads; four
-vectors and four tasks of a vision transformer with RMTLLMF_BENCH_BLOCKS (2) blocks of ViT-B/16's width.
+vectors and four tasks of a vision transformer with RMTLLMF_BENCH_BLOCKS (2) blocks and RMTLLMF_BENCH_WIDTH (768, that
+of ViT-B/16) features; medians of RMTLLMF_BENCH_REPETITIONS (3).
 """
 
 import os
@@ -18,6 +19,8 @@ from rmtllmf.taskvec import TaskVector, adamerging_coefficients, concrete_mask, 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
 BLOCKS = int(os.environ.get("RMTLLMF_BENCH_BLOCKS", 2))
+WIDTH = int(os.environ.get("RMTLLMF_BENCH_WIDTH", 768))
+REPETITIONS = int(os.environ.get("RMTLLMF_BENCH_REPETITIONS", 3))
 COUNT, STEPS = 4, 3
 REAL_RAND = torch.rand
 
@@ -25,7 +28,7 @@ REAL_RAND = torch.rand
 def world():
     """A model, its fine-tuned copies and tasks: images of 32 x 32 pixels, 16 a batch, of ten classes."""
     torch.manual_seed(0)
-    model = VisionTransformer(32, 16, 768, BLOCKS, 12, 4.0, output_dim=512).eval()
+    model = VisionTransformer(32, 16, WIDTH, BLOCKS, 4, 4.0, output_dim=512).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     tuned = [deepcopy(model) for _ in range(COUNT)]
@@ -42,7 +45,7 @@ def world():
 
 def report(name, ours, theirs, apart):
     print(
-        f"\n{name}, {BLOCKS} blocks, {STEPS} steps: {ours:.2f} s, FusionBench {theirs:.2f} s: "
+        f"\n{name}, {BLOCKS} blocks of {WIDTH}, {STEPS} steps: {ours:.2f} s, FusionBench {theirs:.2f} s: "
         f"{theirs / ours:.2f} times as long; apart by {apart:.1e} at most"
     )
 
@@ -74,7 +77,7 @@ def test_adamerging():
             merged.merge_weights()
         found["theirs"] = merged.merge_weight.detach().clone()
 
-    seconds = interleaved(ours, theirs, repetitions=3)
+    seconds = interleaved(ours, theirs, repetitions=REPETITIONS)
     names = [name for name, _ in model.named_parameters()]
     apart = max(
         abs(float(found["theirs"][q, index]) - found["ours"].weights[name][q])
@@ -112,7 +115,7 @@ def test_frank_wolfe(by):
             merged.zero_grad()
         found["theirs"] = TaskVector.between(model, merged)
 
-    seconds = interleaved(ours, theirs, repetitions=3)
+    seconds = interleaved(ours, theirs, repetitions=REPETITIONS)
     apart = max(float((found["ours"][name] - found["theirs"][name]).abs().max()) for name in vectors[0])
     report(f"Frank-Wolfe, {by}-wise", *seconds, apart)
     assert apart < 1e-5
@@ -160,7 +163,7 @@ def test_concrete(monkeypatch):
             adam.zero_grad()
         found["theirs"] = {name: m.detach() for name, m in mask.items()}
 
-    seconds = interleaved(ours, theirs, repetitions=3)
+    seconds = interleaved(ours, theirs, repetitions=REPETITIONS)
     close = [(found["ours"].mask[name] - found["theirs"][name]).abs() < 1e-3 for name in names]
     share = sum(int(c.sum()) for c in close) / sum(c.numel() for c in close)
     report("Concrete mask", *seconds, 1 - share)

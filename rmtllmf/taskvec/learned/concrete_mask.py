@@ -24,7 +24,7 @@ __all__ = ["ConcreteMask", "concrete_mask"]
 Kind = Literal["sample", "binary", "probability"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConcreteMask:
     """A mask that was learned, for `concrete`.
 
