@@ -20,7 +20,7 @@ class Saliency(Source):
         task: which of them.
         curvature: name -> h, at least 0: in the entry's shape, or (n,) for all rows of a matrix (m, n); 1 for names
             that are missing.
-        taken: name -> flat tensor that is not 0 where entries are another task's: 0 is read there.
+        taken: name -> flat tensor that is not 0 where entries are another task's: 0 is read there (NaN stays NaN).
     """
 
     def __init__(
@@ -37,22 +37,32 @@ class Saliency(Source):
         return (id(self), self.vector.identity(key))
 
     def read(self, key: str, start: int, stop: int, buffer: Tensor) -> Tensor:
-        part = self.vector.read(key, start, stop, buffer)
-        root = self.root(key, start, stop, buffer).mul_(self.weights(key)[self.task])
-        score = torch.mul(part, root, out=buffer)
-        return score if self.taken is None else score.masked_fill_(self.taken[key][start:stop] != 0, 0.0)
+        part = self.vector.view(key, start, stop, buffer.dtype, buffer.device)
+        if part is None:
+            part = self.vector.read(key, start, stop, torch.empty_like(buffer))
+        weight = self.weights(key)[self.task]
+        score = self.root(key, start, stop, buffer).mul_(part)
+        if weight != 1:
+            score.mul_(weight)
+        return score if self.taken is None else score.mul_(self.taken[key][start:stop] == 0)
 
-    def root(self, key: str, start: int, stop: int, like: Tensor) -> Tensor:
-        """The root of h for entries [start, stop), in new memory."""
+    def root(self, key: str, start: int, stop: int, out: Tensor) -> Tensor:
+        """The root of h for entries [start, stop), in `out`."""
         given = self.curvature.get(key)
         if given is None:
-            return torch.ones_like(like)
+            return out.fill_(1.0)
         if given.shape == self.specs[key].shape:
-            part = given.reshape(-1)[start:stop]
-        else:
-            repeats = -(-(stop - start) // len(given))
-            part = given.roll(-(start % len(given))).repeat(repeats)[: stop - start]
-        return part.to(like.device, like.dtype).sqrt()
+            part = given.view(-1)[start:stop]
+            same = part.dtype == out.dtype and part.device == out.device
+            return torch.sqrt(part, out=out) if same else out.copy_(part).sqrt_()
+        row = given.to(out.device, out.dtype).sqrt()
+        n = len(row)
+        first = min(-start % n, stop - start)  # entries before a row begins
+        last = (stop - start - first) % n
+        out[:first] = row[start % n :][:first]
+        out[first : len(out) - last].view(-1, n)[:] = row
+        out[len(out) - last :] = row[:last]
+        return out
 
 
 def in_place_of(fusion: Fusion, sources: Sequence[Source]) -> Fusion:

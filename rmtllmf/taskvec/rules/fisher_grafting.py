@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -44,7 +43,7 @@ def fisher_grafting(
     where :math:`h_q` is the curvature of task q's loss: :math:`s_{qj} / 2` is what the loss grows by if the entry goes
     back to the base, to second order and with a diagonal Hessian. Where no task keeps an entry :math:`\tau = 0`.
     Of n entries ``max(1, floor(density n))`` are kept; of those of equal saliency the first, in the flat order of the
-    sorted names; never one of saliency 0. With one vector this is the graft itself.
+    sorted names; never one of saliency 0. With one vector this is the graft itself (up to rounding).
 
     Args:
         vectors: N mappings of name -> tensor with the same keys and shapes. Not written to.
@@ -97,20 +96,24 @@ def fisher_grafting(
     def graft(piece: Piece) -> None:
         key, start, stop, length = piece.key, piece.start, piece.stop, len(piece)
         into, total = piece.into.zero_(), piece.spare(count, length).zero_()
+        kept, root = (piece.spare(count + slot, length) for slot in (1, 2))
 
         def read(task: int, slot: int) -> Tensor:
-            return saliencies[task].read(key, start, stop, piece.spare(count + 2 + task, length))
+            return saliencies[task].read(key, start, stop, piece.spare(count + 3 + task, length))
 
         scores = replace(piece, read=read)
         for task in range(count):
-            score = scores.parts[task]
             if cuts:
-                score = cuts[key][task].keep(task, scores, slice(0, length), piece.spare(count + 1, length))
+                score = cuts[key][task].keep(task, scores, slice(0, length), kept)
+            else:
+                score = kept.copy_(scores.parts[task])
             if combine == "curvature":
                 into.add_(score)  # the root of h, times the vector
-                total.add_(saliencies[task].root(key, start, stop, total).masked_fill_(score == 0, 0.0))
+                total.addcmul_(saliencies[task].root(key, start, stop, root), score.ne_(0))
+            elif cuts:
+                into.addcmul_(piece.parts[task], score.ne_(0))
             else:
-                into.add_(torch.where(score == 0, 0.0, piece.parts[task]) if cuts else piece.parts[task])
+                into.add_(piece.parts[task])
         if combine == "curvature":
             into.div_(total.masked_fill_(total == 0, 1.0))
         if combine == "mean":

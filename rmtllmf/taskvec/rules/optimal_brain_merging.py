@@ -93,7 +93,7 @@ def optimal_brain_merging(
         def take(piece: Piece, task: int = task, cuts: dict[str, list[Cut]] = cuts) -> None:
             whole = slice(0, len(piece))
             kept = cuts[piece.key][0].keep(0, piece, whole, piece.spare(0, len(piece)))
-            owner[piece.key][piece.start : piece.stop].masked_fill_(kept != 0, task + 1)
+            owner[piece.key][piece.start : piece.stop].add_(kept != 0, alpha=task + 1)  # 0 before
 
         inner.survey(take, weighted=False)
 
