@@ -1,4 +1,4 @@
-"""What saves a jammed fusion, on the testbed: every method under every condition, into one table.
+"""What saves a jammed fusion, on the testbed: every method under every condition, into one table; and what liars cost.
 
 Results go line by line into a file; started again, a killed run goes on where it was, and several processes share the
 work (RANK=0 WORLD_SIZE=2 and RANK=1 WORLD_SIZE=2, or torchrun --nproc-per-node 2).
@@ -14,15 +14,16 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from paper.protocol import TESTBED
 from paper.results import Results, Row, run
 from paper.world import Testbed, applied
-from rmtllmf.metrics import accuracy
 
+from . import hostile, hostile_table
 from .conditions import BLACK_BOX, KINDS
-from .methods import BOUNDS, METHODS, Stage
+from .hostile import Hostile
+from .methods import BOUNDS, METHODS
+from .stage import Stage
 from .table import draw, formatted
 
 HERE = Path(__file__).parent.parent
@@ -61,25 +62,21 @@ class Experiment:
         """The row with its accuracies."""
         stage, name = self.stage(row["seed"]), row["method"]
         if name == "individual":
-            models = [applied(vector, self.world.base) for vector in stage.sent]
+            own = zip(stage.protocol.tasks, stage.sent, strict=True)
+            found = {task: stage.accuracy(applied(vector, self.world.base), task) for task, vector in own}
         elif row["kind"] == "bound":
-            models = [BOUNDS[name](stage)] * len(stage.sent)
+            found = stage.accuracies(BOUNDS[name](stage))
         else:
-            method = METHODS[name]
-            models = [method.make(stage, method.heard(stage, row["kind"], row["condition"]))] * len(stage.sent)
-        tasks = self.world.protocol.tasks
-        return row | {"accuracy": {task: self.accuracy(model, task) for task, model in zip(tasks, models, strict=True)}}
-
-    def accuracy(self, model: nn.Module, task: str) -> float:
-        """On the task's test pictures."""
-        return accuracy(model, self.world.test(task), head=self.world.arena(task).head)
+            found = METHODS[name].accuracies(stage, row["kind"], row["condition"])
+        return row | {"accuracy": found}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is not in the file yet, and report."""
     parser = argparse.ArgumentParser(prog="python -m protection", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--results", type=Path, metavar="FILE", default=HERE / "out" / "protection.jsonl")
+    parser.add_argument("--hostile", action="store_true", help="liars among the users instead")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="default: in out/")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="default: beside the results")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", default=HERE / ".cache" / "paper")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -89,18 +86,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     protocol = replace(TESTBED, seeds=tuple(options.seeds))
     world = Testbed(protocol, options.cache)
     world.progress = not options.quiet
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    results = Results(options.results, protocol.identity() | {"base": world.identity()}, key=key_of)
-    experiment = Experiment(world)
-    run(experiment.jobs(options.seeds), results, rank=rank, world=size, progress=not options.quiet and rank == 0)
+    name, kind, key = ("hostile", Hostile, hostile.key_of) if options.hostile else ("protection", Experiment, key_of)
+    path = options.results or HERE / "out" / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = Results(path, protocol.identity() | {"base": world.identity()}, key=key)
+    run(kind(world).jobs(options.seeds), results, rank=rank, world=size, progress=not options.quiet and rank == 0)
     if rank == 0:
         rows = [row for row in results.rows() if row["seed"] in options.seeds]
-        folder = options.figures or options.results.with_suffix("")
+        folder = options.figures or path.with_suffix("")
         folder.mkdir(parents=True, exist_ok=True)
-        text = formatted(rows)
+        text = hostile_table.formatted(rows, protocol.tasks) if options.hostile else formatted(rows)
         print(text)
-        (folder / "table.txt").write_text(text + "\n")
-        print(f"figure: {draw(rows, folder)}")
+        (folder / ("hostile.txt" if options.hostile else "table.txt")).write_text(text + "\n")
+        for figure in [] if options.hostile else draw(rows, folder):
+            print(f"figure: {figure}")
 
 
 if __name__ == "__main__":

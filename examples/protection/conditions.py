@@ -23,7 +23,7 @@ KINDS = ("black_box", "link")
 class Heard:
     """Received vectors, and what is known about them: the arguments of the library's estimators."""
 
-    vectors: list[TaskVector]
+    vectors: list[Any]
     reception: Any
     scale: Any
 
@@ -39,9 +39,8 @@ def link(
 ) -> Heard:
     """The uplink of the paper's experiment, with symbols `scaled` by "peak" or "rms", to a receiver that is `aware`.
 
-    Every symbol is sent `times` times in its block, and combined.
+    "tensor_rms": every tensor by its own rms. Every symbol is sent `times` times in its block, and combined.
     """
-    chosen = replace(protocol, reference=protocol.reference if scaled == "peak" else "rms", knows_jammer=aware)
-    channel = reception(chosen, condition, seed, times=times)
-    scale = "rms" if scaled == "rms" else reference_of(chosen, [TaskVector(vector) for vector in sent])
+    channel = reception(replace(protocol, knows_jammer=aware), condition, seed, times=times)
+    scale = reference_of(protocol, [TaskVector(vector) for vector in sent]) if scaled == "peak" else scaled
     return Heard(transmit(sent, channel, seed=seed, scale=scale), channel, scale)

@@ -2,79 +2,31 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from paper.finetune import drawing
-from paper.protocol import Protocol
-from paper.world import World
 from rmtllmf.resilience import (
     embedding_keys,
     harmful_keys,
     joint_shrink,
-    low_rank_code,
     measured_sensitivity,
     mse_optimal_weights,
     protect,
-    realign,
-    repetitions,
     resilient_fusion,
     restore,
     shrink,
     spectral_shrink,
 )
-from rmtllmf.taskvec import TaskVector, heuristic_scale, task_arithmetic
+from rmtllmf.taskvec import heuristic_scale, task_arithmetic
 
+from .codes import ADAPTERS, LOADED, LOW_RANK, SIGNS, TOP_K, Code
 from .conditions import KINDS, Heard, black_box, link
-
-PROBES = 64  # random pictures that sensitivities are measured on
-
-
-class Stage:
-    """A world and a seed: base model, clean vectors, samples; and models made of them."""
-
-    def __init__(self, world: World, protocol: Protocol, seed: int) -> None:
-        self.world, self.protocol, self.seed = world, protocol, seed
-
-    @cached_property
-    def sent(self) -> list[TaskVector]:
-        """The clean task vectors."""
-        return self.world.vectors(self.seed)
-
-    @cached_property
-    def noise(self) -> list[Tensor]:
-        """Random pictures: no data."""
-        picture, _ = self.world.arena(self.protocol.tasks[0]).test[0]
-        return [torch.randn(PROBES, *picture.shape, generator=torch.Generator().manual_seed(self.seed))]
-
-    def shots(self, *, seen: bool = True) -> dict[str, Any]:
-        """The same few labelled pictures of every class of every task, for every method.
-
-        `protect` looks at all of them once before it realigns. So that all realign on the same batches in the same
-        order, the others' have been `seen` once, too.
-        """
-        shots = self.world.shots(self.protocol.tasks, self.protocol.shots, self.seed)
-        for _, batches in shots.values() if seen else ():
-            for _ in batches:
-                pass
-        return shots
-
-    def model(self, update: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """The base model, plus an update."""
-        model = copy.deepcopy(self.world.base)
-        return model if update is None else TaskVector(update).apply_to(model)
-
-    def realigned(self, model: nn.Module) -> nn.Module:
-        """After the paper's number of steps on the few pictures, with nothing frozen."""
-        with drawing(torch.device("cpu"), self.seed, "realignment"):
-            realign(model, self.shots(), steps=self.protocol.realignment_steps, lr=self.protocol.realignment_lr)
-        return model
+from .realignments import anchored, everything, lora, new_heads, normalisations, stopped
+from .stage import Stage
 
 
 @dataclass(frozen=True)
@@ -83,34 +35,33 @@ class Method:
 
     Attributes:
         make: a model from a stage and what was heard.
+        heads: new heads for that model; None: the tasks' own.
         data: whether it takes the labelled pictures.
         kinds: of conditions that it is for.
         scaled, aware: of the whole link; see `link`.
-        times: as often every number is sent in the channel uses of the vectors: low-rank codes of them.
+        code: what is sent in place of the vectors; None: the vectors.
     """
 
     make: Callable[[Stage, Heard], nn.Module]
+    heads: Callable[[Stage, nn.Module], dict[str, nn.Module]] | None = None
     data: bool = False
     kinds: tuple[str, ...] = KINDS
     scaled: str = "peak"
     aware: bool = False
-    times: int = 1
+    code: Code | None = None
 
     def heard(self, stage: Stage, kind: str, condition: str) -> Heard:
         """What the base station holds."""
         if kind == "black_box":
             return black_box(stage.sent, condition, stage.seed)
-        how: dict[str, Any] = {"scaled": self.scaled, "aware": self.aware, "times": self.times}
-        if self.times == 1:
-            return link(stage.protocol, stage.sent, condition, stage.seed, **how)
-        kept = set(embedding_keys(stage.world.base))
-        matrices = [name for name, tensor in stage.sent[0].items() if tensor.ndim == 2 and name not in kept]
-        codes = [low_rank_code(vector, ratio=1 / self.times, only=matrices) for vector in stage.sent]
-        assert all(repetitions(code, vector) >= self.times for code, vector in zip(codes, stage.sent, strict=True))
-        heard = link(stage.protocol, [code.sent for code in codes], condition, stage.seed, **how)
-        better = joint_shrink(heard.vectors, heard.reception, scale=heard.scale)
-        decoded = [code.decode(numbers) for code, numbers in zip(codes, better, strict=True)]
-        return replace(heard, vectors=decoded)
+        if self.code:
+            return self.code.heard(stage, condition, scaled=self.scaled, aware=self.aware)
+        return link(stage.protocol, stage.sent, condition, stage.seed, scaled=self.scaled, aware=self.aware)
+
+    def accuracies(self, stage: Stage, kind: str, condition: str) -> dict[str, float]:
+        """Of the model that it makes, on every task."""
+        model = self.make(stage, self.heard(stage, kind, condition))
+        return stage.accuracies(model, self.heads(stage, model) if self.heads else None)
 
 
 def unprotected(stage: Stage, heard: Heard) -> nn.Module:
@@ -121,16 +72,9 @@ def unprotected(stage: Stage, heard: Heard) -> nn.Module:
 def papers(stage: Stage, heard: Heard) -> nn.Module:
     """R-MTLLMF: embeddings restored and frozen, the rest realigned."""
     model = stage.model()
-    with drawing(torch.device("cpu"), stage.seed, "realignment"):
-        resilient_fusion(
-            model,
-            stage.world.base,
-            heard.vectors,
-            stage.shots(),
-            frozen=sorted(embedding_keys(model)),
-            steps=stage.protocol.realignment_steps,
-            lr=stage.protocol.realignment_lr,
-        )
+    frozen = sorted(embedding_keys(model))
+    with stage.realignment() as options:
+        resilient_fusion(model, stage.world.base, heard.vectors, stage.shots(), frozen=frozen, **options)
     return model
 
 
@@ -171,15 +115,21 @@ def harmless(stage: Stage, heard: Heard) -> nn.Module:
     return model
 
 
-def realigned(stage: Stage, heard: Heard, *, make: Callable[[Stage, Heard], nn.Module]) -> nn.Module:
+def realigned(
+    stage: Stage,
+    heard: Heard,
+    *,
+    make: Callable[[Stage, Heard], nn.Module],
+    by: Callable[[Stage, nn.Module, Heard], nn.Module] = everything,
+) -> nn.Module:
     """Another method's model after realignment."""
-    return stage.realigned(make(stage, heard))
+    return by(stage, make(stage, heard), heard)
 
 
 def protected(stage: Stage, heard: Heard, *, data: bool) -> nn.Module:
     """`protect`, with the few labelled pictures or with random ones."""
     model = stage.model()
-    with drawing(torch.device("cpu"), stage.seed, "realignment"):
+    with stage.realignment() as options:
         protect(
             model,
             stage.world.base,
@@ -189,40 +139,62 @@ def protected(stage: Stage, heard: Heard, *, data: bool) -> nn.Module:
             seed=stage.seed,
             scale=heard.scale,
             inputs=None if data else stage.noise,
-            steps=stage.protocol.realignment_steps,
-            lr=stage.protocol.realignment_lr,
+            **options,
         )
     return model
 
 
 BOUNDS: dict[str, Callable[[Stage], nn.Module]] = {
     "base": lambda stage: stage.model(),
-    "base realigned": lambda stage: stage.realigned(stage.model()),
+    "base realigned": lambda stage: everything(stage, stage.model()),
     "clean": lambda stage: stage.model(task_arithmetic(stage.sent)),
-    "clean realigned": lambda stage: stage.realigned(stage.model(task_arithmetic(stage.sent))),
+    "clean realigned": lambda stage: everything(stage, stage.model(task_arithmetic(stage.sent))),
 }
 """Methods that need no uplink."""
 
+_estimate = partial(estimated, by=shrink)
 _better: dict[str, Any] = {"kinds": ("link",), "scaled": "rms"}
-METHODS: dict[str, Method] = {
+_coded: dict[str, Any] = {"make": unprotected, "kinds": ("link",)}
+MAIN: dict[str, Method] = {
     "unprotected": Method(unprotected),
     "R-MTLLMF": Method(papers, data=True),
-    "shrink": Method(partial(estimated, by=shrink)),
+    "shrink": Method(_estimate),
     "shrink, measured": Method(partial(estimated, by=shrink, measured=True)),
     "joint_shrink": Method(partial(estimated, by=joint_shrink), kinds=("link",)),
     "spectral_shrink": Method(partial(estimated, by=spectral_shrink)),
     "weights": Method(weighted),
     "protect": Method(partial(protected, data=False)),
-    "shrink, realigned": Method(partial(realigned, make=partial(estimated, by=shrink)), data=True),
+    "shrink, realigned": Method(partial(realigned, make=_estimate), data=True),
     "protect, 10 shots": Method(partial(protected, data=True), data=True),
     "aware": Method(unprotected, kinds=("link",), aware=True),
     "restored": Method(restored),
     "realigned": Method(partial(realigned, make=unprotected), data=True),
     "harmful restored": Method(harmless),
-    "low rank": Method(unprotected, kinds=("link",), times=8),
     "rms": Method(unprotected, **_better),
     "rms, aware": Method(unprotected, aware=True, **_better),
     "rms, aware, protect": Method(partial(protected, data=False), aware=True, **_better),
     "rms, aware, protect, 10 shots": Method(partial(protected, data=True), data=True, aware=True, **_better),
 }
-"""Methods in the order of the table; from "aware" on receiver and sender do better too, where it is said."""
+"""In the order of the table; from "aware" on receiver and sender do better too, where it is said."""
+
+REALIGNMENTS: dict[str, Method] = {
+    "shrink, anchored": Method(partial(realigned, make=_estimate, by=anchored), data=True),
+    "shrink, stopped early": Method(partial(realigned, make=_estimate, by=stopped), data=True),
+    "shrink, LoRA": Method(partial(realigned, make=_estimate, by=lora), data=True),
+    "shrink, normalisations": Method(partial(realigned, make=_estimate, by=normalisations), data=True),
+    "shrink, heads": Method(_estimate, heads=new_heads, data=True),
+}
+"""Other realignments of the same estimate as that of "shrink, realigned"."""
+
+CODES: dict[str, Method] = {
+    "low rank": Method(code=LOW_RANK, **_coded),
+    "adapters": Method(code=ADAPTERS, **_coded),
+    "top-k": Method(code=TOP_K, **_coded),
+    "signs": Method(code=SIGNS, **_coded),
+    # Signs scaled matrix by matrix all have the modulus 1, so that their peak is their rms whatever a vector's is.
+    "signs, one modulus": Method(code=SIGNS, scaled="tensor_rms", **_coded),
+    "power loading": Method(code=LOADED, **_coded),
+}
+"""What senders may send in place of the vectors, at equal channel uses."""
+
+METHODS = MAIN | REALIGNMENTS | CODES

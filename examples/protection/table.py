@@ -11,15 +11,21 @@ from typing import Any
 from scipy.stats import t as student
 
 from .conditions import BLACK_BOX, KINDS
-from .methods import BOUNDS, METHODS
+from .methods import BOUNDS, CODES, MAIN, METHODS, REALIGNMENTS
 
 Row = dict[str, Any]
 TITLES = {"black_box": "Black box (white noise)", "link": "Whole link (by peak, unaware, or as said)"}
+GROUPS = {
+    "": MAIN,
+    "other realignments of the same estimate": REALIGNMENTS,
+    "codes in place of the vectors, at equal channel uses": CODES,
+}
 DIFFERENCES = (
     ("protect", "base"),
     ("protect", "R-MTLLMF"),
     ("protect, 10 shots", "R-MTLLMF"),
     ("protect, 10 shots", "base realigned"),
+    *((name, "shrink, realigned") for name in REALIGNMENTS),
 )
 
 
@@ -49,24 +55,31 @@ def formatted(rows: Sequence[Row]) -> str:
     """All tables as text."""
     found = normalised(rows)
     seeds = sorted({row["seed"] for row in rows})
-    lines = [f"normalised accuracy, %: mean over seeds {seeds} and half the width of its 95 % interval", ""]
+    lines = [
+        f"normalised accuracy, %: mean over seeds {seeds} and half the width of its 95 % interval;",
+        "in brackets how many seeds there are, where not all",
+        "",
+    ]
     for name in BOUNDS:
-        lines.append(_line(name, [_cell(found.get(("bound", "", name)))]))
+        lines.append(_line(name, [cell(found.get(("bound", "", name)), seeds)]))
     for kind in KINDS:
         lines += ["", _line(TITLES[kind], [_heading(kind, condition) for condition in BLACK_BOX])]
-        for name, method in METHODS.items():
-            if kind in method.kinds:
-                label = name + ("" if method.data else " (no data)")
-                lines.append(_line(label, [_cell(found.get((kind, condition, name))) for condition in BLACK_BOX]))
+        for title, group in GROUPS.items():
+            of_kind = {name: method for name, method in group.items() if kind in method.kinds}
+            lines += [f"{title}:"] if title and of_kind else []
+            for name, method in of_kind.items():
+                label = "  " * bool(title) + name + ("" if method.data else " (no data)")
+                cells = [cell(found.get((kind, condition, name)), seeds) for condition in BLACK_BOX]
+                lines.append(_line(label, cells))
         lines.append("differences, seed by seed:")
         for name, other in DIFFERENCES:
-            cells = [_cell(_minus(found, (kind, condition, name), other)) for condition in BLACK_BOX]
+            cells = [cell(_minus(found, (kind, condition, name), other), seeds) for condition in BLACK_BOX]
             lines.append(_line(f"  {name} - {other}", cells))
     return "\n".join(lines)
 
 
 def _line(label: str, cells: Sequence[str]) -> str:
-    return f"{label:42}" + "".join(f"{cell:>16}" for cell in cells)
+    return f"{label:50}" + "".join(f"{cell:>16}" for cell in cells)
 
 
 def _minus(
@@ -78,16 +91,29 @@ def _minus(
     return {seed: value - reference[seed] for seed, value in found.get(key, {}).items() if seed in reference}
 
 
-def draw(rows: Sequence[Row], folder: Path) -> Path:
-    """The table as a picture: a dot a method with its interval, bounds as lines."""
+def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """The table as two pictures: the methods, and variants of their parts beside what these are variants of."""
+    compared = ["unprotected", "shrink", "shrink, realigned"]
+    variants = [name for name in METHODS if name in {*compared, *REALIGNMENTS, *CODES}]
+    return [
+        _dots(rows, list(MAIN), folder / "protection.png", 9.0),
+        _dots(rows, variants, folder / "variants.png", 6.5),
+    ]
+
+
+def _dots(rows: Sequence[Row], chosen: Sequence[str], path: Path, height: float) -> Path:
+    """A dot a method with its interval, bounds as lines."""
     import matplotlib.pyplot as plt
 
     found = normalised(rows)
-    figure, axes = plt.subplots(2, 3, figsize=(13, 9), sharex=True, layout="constrained")
-    for i, kind in enumerate(KINDS):
-        names = [name for name, method in METHODS.items() if kind in method.kinds]
+    named = {kind: [name for name in reversed(chosen) if kind in METHODS[name].kinds] for kind in KINDS}
+    ratios = [max(1, len(names)) for names in named.values()]
+    figure, axes = plt.subplots(
+        2, 3, figsize=(13, height), sharex=True, layout="constrained", gridspec_kw={"height_ratios": ratios}
+    )
+    for i, (kind, names) in enumerate(named.items()):
         for ax, condition in zip(axes[i], BLACK_BOX, strict=True):
-            for y, name in enumerate(reversed(names)):
+            for y, name in enumerate(names):
                 values = list(found.get((kind, condition, name), {}).values())
                 if values:
                     mean, half = interval(values)
@@ -97,7 +123,7 @@ def draw(rows: Sequence[Row], folder: Path) -> Path:
                 values = list(found.get(("bound", "", name), {}).values())
                 if values:
                     ax.axvline(statistics.fmean(values), color="grey", linestyle=style, label=name)
-            ax.set_yticks(range(len(names)), list(reversed(names)) if condition == "ideal" else [""] * len(names))
+            ax.set_yticks(range(len(names)), names if condition == "ideal" else [""] * len(names))
             ax.set_title(_heading(kind, condition))
             ax.set_xlim(0, 100)
             ax.grid(axis="x", alpha=0.3)
@@ -105,7 +131,6 @@ def draw(rows: Sequence[Row], folder: Path) -> Path:
     axes[0][0].errorbar([], [], fmt="o", color="tab:orange", label="no data")
     axes[0][0].errorbar([], [], fmt="o", color="tab:blue", label="10 shots a class")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    path = folder / "protection.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
@@ -116,8 +141,10 @@ def _heading(kind: str, condition: str) -> str:
     return f"{BLACK_BOX[condition]:g} dB" if kind == "black_box" else name
 
 
-def _cell(values: dict[int, float] | None) -> str:
+def cell(values: dict[int, float] | None, seeds: Sequence[int]) -> str:
+    """Mean and interval, and the number of seeds where it is not that of all."""
     if not values:
         return "-"
     mean, half = interval(list(values.values()))
-    return f"{mean:.1f}" + (f" ± {half:.1f}" if math.isfinite(half) else "")
+    some = f" [{len(values)}]" if len(values) < len(seeds) else ""
+    return f"{mean:.1f}" + (f" ± {half:.1f}" if math.isfinite(half) else "") + some
