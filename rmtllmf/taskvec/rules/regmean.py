@@ -131,10 +131,6 @@ def _fit(
     parts: Sequence[Tensor], grams: Sequence[Tensor], weights: Sequence[float], alpha: float, unseen: Unseen
 ) -> Tensor:
     """(m, n) in float64: the fit for N parts (m, n) and Gram matrices (n, n)."""
-    center = torch.zeros_like(parts[0], dtype=torch.float64)
-    if unseen == "average":
-        for part, weight in zip(parts, weights, strict=True):
-            center.add_(part, alpha=weight)
     total = torch.zeros_like(grams[0], dtype=torch.float64)
     diagonal = torch.zeros_like(total[0])
     for gram, weight in zip(grams, weights, strict=True):
@@ -142,7 +138,10 @@ def _fit(
         diagonal.add_(gram.diagonal(), alpha=weight)
     total.diagonal().copy_(diagonal)
     if 1 - alpha < FLAT:
-        moments = _moments(parts, grams, weights, alpha, center, torch.float64)
+        center = torch.zeros_like(parts[0], dtype=torch.float64)
+        if unseen == "average":
+            center = _average(parts, weights)
+        moments = _moments([part - center for part in parts], grams, weights, alpha, torch.float64)
         return center.add_(_by_eigenvectors(moments, total, torch.finfo(grams[0].dtype).eps))
     # with a unit diagonal no eigenvalue is below 1 - alpha
     root = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
@@ -150,27 +149,40 @@ def _fit(
     total.diagonal().copy_(torch.ones_like(diagonal))  # a feature that is always 0 has no moments either
     condition = float(torch.linalg.matrix_norm(total)) / (1 - alpha)
     dtype = parts[0].dtype if condition < FLOAT32 else torch.float64
-    moments = _moments(parts, grams, weights, alpha, center, dtype).mul_(root)
+    first = next(index for index, weight in enumerate(weights) if weight)
+    others = [index for index, weight in enumerate(weights) if weight and index > first]
+    apart = [parts[index].to(dtype) - parts[first].to(dtype) for index in others]  # one product less than from 0
+    moments = _moments(apart, [grams[i] for i in others], [weights[i] for i in others], alpha, dtype)
     factor, failed = torch.linalg.cholesky_ex(total)
     if int(failed):
         raise NotPSDError("grams: one is not positive semi-definite; expected means of x x^T")
-    return center.add_(torch.cholesky_solve(moments.mT, factor).mT.mul_(root))
+    fit = parts[first].double()
+    if others:
+        fit = fit + torch.cholesky_solve(moments.double().mul_(root).mT, factor).mT.mul_(root)
+    never = diagonal <= 0
+    if bool(never.any()):
+        columns = [part[:, never] for part in parts]
+        fit = fit.clone()
+        fit[:, never] = _average(columns, weights) if unseen == "average" else 0.0
+    return fit
+
+
+def _average(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    mean = torch.zeros_like(parts[0], dtype=torch.float64)
+    for part, weight in zip(parts, weights, strict=True):
+        mean.add_(part, alpha=weight)
+    return mean
 
 
 def _moments(
-    parts: Sequence[Tensor],
-    grams: Sequence[Tensor],
-    weights: Sequence[float],
-    alpha: float,
-    center: Tensor,
-    dtype: torch.dtype,
+    parts: Sequence[Tensor], grams: Sequence[Tensor], weights: Sequence[float], alpha: float, dtype: torch.dtype
 ) -> Tensor:
-    """(m, n) in float64: the sum of the parts' differences from the center times their Gram matrices."""
-    moments = torch.zeros_like(center)
+    """(m, n): the sum of the parts times their Gram matrices."""
+    moments = parts[0].new_zeros(parts[0].shape, dtype=dtype) if parts else torch.zeros(0, dtype=dtype)
     for part, gram, weight in zip(parts, grams, weights, strict=True):
-        if weight:
-            apart = (part - center).mul_(weight).to(dtype)
-            moments += (apart @ gram.to(dtype)).mul_(alpha).addcmul_(apart, gram.diagonal().to(dtype), value=1 - alpha)
+        own = gram.to(dtype)
+        moments.addmm_(part, own, alpha=alpha * weight)
+        moments.addcmul_(part, own.diagonal(), value=(1 - alpha) * weight)
     return moments
 
 
