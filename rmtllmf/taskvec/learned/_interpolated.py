@@ -114,8 +114,7 @@ class Interpolated:
 
     def slopes(self) -> Tensor:
         """(L, N), on the CPU in float64: the derivatives of what was added up in the parameters' gradients."""
-        rows = [self.products(index) for index in range(len(self.layers))]
-        return torch.stack(rows).to("cpu", torch.float64)
+        return torch.stack([self.products(index).to("cpu", torch.float64) for index in range(len(self.layers))])
 
     @torch.no_grad()
     def products(self, index: int) -> Tensor:

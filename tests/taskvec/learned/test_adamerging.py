@@ -192,3 +192,16 @@ def test_bad_models():
         adamerging(vectors, nn.Linear(2, 2), [torch.full((1, 2), float("nan"))], steps=1)
     with pytest.raises(InputError, match="loss of tasks does not depend on what the vectors change"):
         adamerging(vectors, nn.Linear(2, 2), {"": (lambda z: torch.ones(1, 2), [torch.ones(1, 2)])}, steps=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vectors_on", ["cpu", "cuda"])
+def test_on_the_device(vectors_on):
+    model, tasks = Encoder(torch.float32), tasks_of(dtype=torch.float32)
+    vectors = [vector.to(torch.float32) for vector in vectors_of(model)]
+    expected = adamerging_coefficients(vectors, model, tasks, steps=5, lr=0.05)
+    heads = {name: (head.cuda(), batches) for name, (head, batches) in tasks.items()}
+    found = adamerging_coefficients([v.to(vectors_on) for v in vectors], model.cuda(), heads, steps=5, lr=0.05)
+    assert found.losses == pytest.approx(expected.losses, abs=1e-4)
+    for name, row in expected.weights.items():
+        assert found.weights[name] == pytest.approx(row, abs=0.02), name

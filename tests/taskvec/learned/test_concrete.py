@@ -163,3 +163,14 @@ def test_bad_masks():
         concrete(vectors, {"w": torch.ones(2), "b": torch.ones(3)})
     with pytest.raises(NonFiniteError, match=r"mask\['b'\] holds non-finite entries"):
         concrete(vectors, {"w": torch.ones(2), "b": torch.tensor([1.0, float("inf")])})
+
+
+@pytest.mark.gpu
+def test_on_the_device():
+    model = Encoder(torch.float32).cuda()
+    tasks = {name: (head.cuda(), batches) for name, (head, batches) in tasks_of(dtype=torch.float32).items()}
+    vectors = [vector.to("cuda", torch.float32) for vector in vectors_of(model.cpu())]
+    found, again = (concrete_mask(vectors, model.cuda(), tasks, seed=0, steps=3) for _ in range(2))
+    assert all(mask.is_cuda for mask in found.mask.values())
+    assert found.losses == pytest.approx(again.losses, abs=1e-4)
+    assert concrete(vectors, found.mask)["enter.weight"].is_cuda

@@ -193,3 +193,14 @@ def test_bad_input(options, error, message):
     tasks = {name: (head(1, dtype=torch.float32), [torch.ones(1, 5)]) for name in "ab"}
     with pytest.raises(error, match=message):
         expert_merging(vectors_of(model, 2), **{"model": model, "tasks": tasks, **options})
+
+
+@pytest.mark.gpu
+def test_on_the_device():
+    model, tasks = Encoder(torch.float32), tasks_of(2, dtype=torch.float32)
+    vectors = [vector.to(torch.float32) for vector in vectors_of(model, 2)]
+    options = {"steps": 4, "hidden": "middle"}
+    expected = expert_merging_coefficients(vectors, model, tasks, **options)
+    heads = {name: (head.cuda(), batches) for name, (head, batches) in tasks.items()}
+    found = expert_merging_coefficients(vectors, model.cuda(), heads, **options)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-3)

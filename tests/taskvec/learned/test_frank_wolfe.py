@@ -160,3 +160,15 @@ def test_bad_input(options, error, message):
     batches = [(torch.ones(3, 2), torch.zeros(3).long())]
     with pytest.raises(error, match=message):
         frank_wolfe([{"weight": torch.ones(2, 2)}], **{"model": nn.Linear(2, 2), "tasks": batches, **options})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("oracle", ["inner product", "cosine"])
+def test_on_the_device(oracle):
+    model, tasks = Encoder(torch.float32), tasks_of(dtype=torch.float32)
+    vectors = [vector.to(torch.float32) for vector in vectors_of(model)]
+    options = {"by": "task", "steps": 4, "oracle": oracle}
+    expected = frank_wolfe_coefficients(vectors, model, tasks, **options)
+    heads = {name: (head.cuda(), batches) for name, (head, batches) in tasks.items()}
+    found = frank_wolfe_coefficients(vectors, model.cuda(), heads, **options)
+    assert found.losses == pytest.approx(expected.losses, abs=1e-4)

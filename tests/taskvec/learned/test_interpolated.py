@@ -101,6 +101,17 @@ def test_half_precision_is_added_up_in_float32(dtype):
     assert at.slopes().all()
 
 
+def test_tensors_of_several_dtypes():
+    model = nn.Sequential(nn.Linear(5, 3, dtype=torch.float64), nn.Linear(3, 2))
+    model[1].register_forward_pre_hook(lambda module, inputs: inputs[0].float())
+    at = Interpolated(
+        [{name: torch.ones_like(t) for name, t in model.state_dict().items()}], model, None, FusionOptions()
+    )
+    descend(at.at(torch.ones(4, 1))(normal(4, 5)).sum(), 1.0, at.parameters, "x")
+    assert at.slopes().dtype == torch.float64
+    assert at.slopes().all()
+
+
 def test_empty_and_unused_tensors_have_no_slope():
     model = nn.ModuleDict({"used": nn.Linear(2, 2, bias=False), "unused": nn.Linear(2, 2, bias=False)})
     model.none = nn.Parameter(torch.zeros(0, 3))

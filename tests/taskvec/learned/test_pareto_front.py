@@ -172,3 +172,12 @@ def test_bad_input(options, error, message):
     arguments = {"model": nn.Linear(2, 2), "tasks": batches, "seed": 0, **options}
     with pytest.raises(error, match=message):
         pareto_front([{"weight": torch.ones(2, 2)}], **arguments)
+
+
+@pytest.mark.gpu
+def test_on_the_device():
+    model, base, vectors, tasks = quadratic()
+    options = {"metric": mse_loss, "larger_is_better": False, "seed": 0, "size": 5}
+    expected = pareto_front(vectors, model, tasks, base=base, **options)
+    found = pareto_front(vectors, model.cuda(), tasks, base=base, **options)
+    torch.testing.assert_close(found.values, expected.values)
