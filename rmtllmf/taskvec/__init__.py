@@ -26,17 +26,19 @@ from .mergeability import HiddenLayer, Mergeability, mergeability
 from .osrm import osrm
 from .reversible_merging import ReversibleMerge, reversible_merging
 from .routed.load_routed import load_routed
-from .routed.smile import SmileLinear, smile
-from .routed.train_router import Router, RouterTraining, train_router
-from .routed.twin_merging import TwinLinear, TwinMerged, twin_merging
+from .routed.smile import smile
+from .routed.train_router import RouterTraining, train_router
+from .routed.twin_merging import TwinMerged, twin_merging
 from .rules.arithmetic import heuristic_scale, task_arithmetic
 from .rules.breadcrumbs import breadcrumbs
 from .rules.concrete import concrete
 from .rules.consensus import consensus, tall_masks
 from .rules.dare import dare
 from .rules.della import della
+from .rules.do_merging import do_merging
 from .rules.doge import doge
 from .rules.emr import emr, emr_unified
+from .rules.essential_subspace import essential_subspace
 from .rules.fisher import fisher
 from .rules.fisher_grafting import fisher_grafting
 from .rules.geometric_median import geometric_median
@@ -75,11 +77,8 @@ __all__ = [
     "Mergeability",
     "ParetoFront",
     "ReversibleMerge",
-    "Router",
     "RouterTraining",
-    "SmileLinear",
     "TaskVector",
-    "TwinLinear",
     "TwinMerged",
     "adamerging",
     "adamerging_coefficients",
@@ -93,9 +92,11 @@ __all__ = [
     "dare",
     "defense_aware_mask",
     "della",
+    "do_merging",
     "doge",
     "emr",
     "emr_unified",
+    "essential_subspace",
     "expert_merging",
     "expert_merging_coefficients",
     "fisher",

@@ -38,6 +38,13 @@ class HiddenLayer:
         moved: share of the hidden units that are found in the place of another one of the base; looked for in an MLP
             that is not mergeable.
         mergeable: whether the change may come from training.
+
+    Example:
+        >>> import torch
+        >>> base = {"fc1.weight": torch.eye(3), "fc2.weight": torch.eye(3)}
+        >>> (layer,) = mergeability(base, base | {"fc2.weight": 1.5 * torch.eye(3)}).layers
+        >>> layer.kind, layer.product_change, layer.mergeable
+        ('MLP', 0.5, True)
     """
 
     kind: str
@@ -56,6 +63,16 @@ class Mergeability:
     Attributes:
         layers: every attention block's two pairs of matrices, and every MLP's one.
         unchecked: names of matrices of attention whose layout was not understood.
+
+    Example: of a permutation of an MLP's hidden units.
+        >>> import torch
+        >>> base = {"fc1.weight": torch.eye(3), "fc2.weight": torch.eye(3)}
+        >>> order = torch.tensor([1, 0, 2])
+        >>> moved = {"fc1.weight": torch.eye(3)[order], "fc2.weight": torch.eye(3)[:, order]}
+        >>> with warnings.catch_warnings(action="ignore"):
+        ...     report = mergeability(base, moved)
+        >>> report.mergeable, report.transformed[0].product_change
+        (False, 0.0)
     """
 
     layers: tuple[HiddenLayer, ...]

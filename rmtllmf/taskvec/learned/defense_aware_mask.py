@@ -38,7 +38,12 @@ class DefenseAwareMask:
         disagreements: the mean cross-entropy of the disturbed predictions with the undisturbed, before each step: what
             the triggers were made to raise.
 
-    Example: see `defense_aware_mask`.
+    Example:
+        >>> import torch
+        >>> from rmtllmf.taskvec import concrete
+        >>> found = DefenseAwareMask({"w": torch.tensor([2.0, 0.0])}, {"": torch.zeros(3)}, (0.7,), (0.1,))
+        >>> dict(concrete([{"w": torch.ones(2)}], found.mask))
+        {'w': tensor([2., 0.])}
     """
 
     mask: Mapping[str, Tensor]

@@ -133,6 +133,13 @@ class TwinMerged(nn.Module):
         model: a copy of the base model in which linear layers are `TwinLinear`.
         router: embeddings (B, D) -> logits (B, N), such as `train_router` makes; None: only `mixed` can be called.
         count: N.
+
+    Example:
+        >>> import torch
+        >>> tasks = [{"weight": torch.eye(2)}, {"weight": -torch.eye(2)}]
+        >>> twin = twin_merging(nn.Linear(2, 2), tasks, rank=1, router=nn.Linear(2, 2))
+        >>> twin.route(torch.ones(5, 2)).shape
+        torch.Size([5, 2])
     """
 
     def __init__(

@@ -10,7 +10,8 @@ from torch import nn
 
 from helpers.routed_models import MODELS, in_linear_layers, made, random_vectors, run, run_with
 from rmtllmf.errors import InputError, NonFiniteError, StateMismatchError
-from rmtllmf.taskvec import SmileLinear, smile, weighted_average
+from rmtllmf.taskvec import smile, weighted_average
+from rmtllmf.taskvec.routed.smile import SmileLinear
 
 
 def layer(m, n, bias=True, seed=0):

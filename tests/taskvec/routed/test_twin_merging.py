@@ -11,7 +11,8 @@ from torch import nn
 
 from helpers.routed_models import MODELS, in_linear_layers, made, random_vectors, run, run_with
 from rmtllmf.errors import InputError, NonFiniteError, ShapeError, StateMismatchError
-from rmtllmf.taskvec import TwinLinear, task_arithmetic, train_router, twin_merging, weighted_average
+from rmtllmf.taskvec import task_arithmetic, train_router, twin_merging, weighted_average
+from rmtllmf.taskvec.routed.twin_merging import TwinLinear
 
 
 def truncated(matrix, rank):
