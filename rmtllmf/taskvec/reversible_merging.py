@@ -48,6 +48,15 @@ class ReversibleMerge:
         errors: for each task name -> :math:`\|\hat B \hat A - B A\|_F / \|B A\|_F`, 0 if that is all zero.
         rest: for each task the entries that were not factored, as they are.
         shapes: name -> shape, of all entries in their order.
+
+    Example:
+        >>> import torch
+        >>> from rmtllmf.taskvec import low_rank
+        >>> stored = reversible_merging([low_rank({"w": factor * torch.ones(3, 4)}, 1) for factor in (1.0, 4.0)])
+        >>> stored.storage_bits, {key: basis.directions.shape for key, basis in stored.A.items()}
+        (896, {'w': torch.Size([4, 1, 1])})
+        >>> torch.allclose(stored.task_vector(1)["w"], torch.full((3, 4), 4.0))
+        True
     """
 
     A: Mapping[str, Basis]

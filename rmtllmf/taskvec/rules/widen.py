@@ -48,7 +48,7 @@ def widen(
     Args:
         vectors: N mappings of name -> tensor with the same keys and shapes. Not written to.
         base: :math:`\theta_0`: a module, a state dict or the path of a safetensors file. It may hold more than the
-            vectors.
+            vectors. For ``fuse`` and ``fuse_files`` bind it: ``partial(widen, base=base)``.
         ratio: t, at least 0: how far above the mean importance begins; 1, as in the source.
         calibration: c, the weight of what is important; 1, as in the source.
         by_row: names or globs of matrices whose rows take the place of columns: embedding tables (a row is a token) and
@@ -72,12 +72,12 @@ def widen(
 
     Example:
         >>> import torch
-        >>> base = {"w": torch.eye(2)}
-        >>> a = {"w": torch.tensor([[0.1, 2.0], [0.1, 2.0]])}  # the second column moved most
-        >>> b = {"w": torch.tensor([[1.0, 0.2], [1.0, 0.2]])}  # the first
-        >>> widen([a, b], base)["w"]
-        tensor([[1.0..., 2.0...],
-                [1.0..., 2.0...]])
+        >>> base = {"w": torch.ones(2, 2)}
+        >>> a = {"w": torch.tensor([[0.1, 2.0], [0.1, -2.0]])}  # the second column moved most
+        >>> b = {"w": torch.tensor([[4.0, 0.2], [0.0, -0.2]])}  # the first
+        >>> widen([a, b], base)["w"]  # the other task's comes in with its share of a softmax, 0.378
+        tensor([[ 4.0378,  2.0755],
+                [ 0.0378, -2.0755]])
     """
     numbers = {"ratio": ratio, "calibration": calibration, "scale": scale}
     ratio, calibration, factor = (finite_number(value, argument) for argument, value in numbers.items())
