@@ -46,7 +46,7 @@ def emr(vectors: Iterable[Tensors], *, rescale: Rescale = "entries", **options: 
         InputError: no vectors, or `rescale` is neither; or called by ``fuse``, which needs the rule, `emr_unified`.
         StateMismatchError: keys or shapes disagree. NonFiniteError: NaN or infinity in a vector.
 
-    Source: Huang et al., "EMR-Merging: tuning-free high-performance model merging", 2024, section 3.2 and algorithm 1.
+    Source: Huang et al., "EMR-Merging: tuning-free high-performance model merging", 2024.
 
     Example:
         >>> import torch
@@ -107,7 +107,7 @@ def emr_unified(vectors: Iterable[Tensors], *, scale: float = 1.0, **options: Un
         InputError: no vectors, or a `scale` that is not finite. StateMismatchError: keys or shapes disagree.
         NonFiniteError: NaN or infinity in a vector, or overflow.
 
-    Source: Huang et al., "EMR-Merging: tuning-free high-performance model merging", 2024, section 3.2.
+    Source: Huang et al., "EMR-Merging: tuning-free high-performance model merging", 2024.
 
     Example:
         >>> import torch
