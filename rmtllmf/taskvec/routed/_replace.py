@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..._call import check_model
-from ..._state import Tensors, all_finite, is_bendable, quoted, select_names
+from ..._state import Tensors, all_finite, is_bendable, quoted, select_names, wide
 from ..._threads import share_out
 from ...errors import NonFiniteError, StateMismatchError
 from .._models import applied
 from .._sources import Source
+from ..rules._spectral import leading, rounding_level, scaled
 from ._attention import OpenAttention, can_open
 
-__all__ = ["Change", "routed_copy", "swapped"]
+__all__ = ["Change", "factored", "routed_copy", "swapped"]
 
 
 class Change(NamedTuple):
@@ -84,6 +85,19 @@ def routed_copy(
     return swapped(copy, swaps)
 
 
+def factored(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Leading right singular vectors of a matrix (m, n), as rows (count, n), and left ones times their values, (count, m).
+
+    Rows are zero where only rounding is left.
+    """
+    (part,), unit = scaled([matrix])
+    U, s, V = leading(part, count, rounding_level([part]), part.dtype, quick=True)
+    right, left = (matrix.new_zeros(count, size) for size in reversed(matrix.shape))
+    right[: len(s)] = V.mT
+    left[: len(s)] = (U * (s * unit)).mT
+    return right, left
+
+
 def _routable(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.MultiheadAttention]]:
     """Prefix and module of all that can be replaced: no other kind of layer, no matrix that two modules share."""
     owners: dict[int, set[int]] = {}
@@ -122,7 +136,7 @@ def _change(source: Source, part: _Part, changed: set[str]) -> Change:
 
     def read(key: str, like: Tensor) -> Tensor:
         if key not in changed:
-            return like.new_zeros(like.shape)
+            return torch.zeros_like(wide(like))
         whole = source.whole(key)
         whole = whole[part.rows] if len(whole) != len(like) else whole
         if not all_finite(whole):

@@ -11,8 +11,7 @@ from torch.nn.functional import linear
 from ..._state import Tensors, whole_number
 from ...errors import InputError
 from .._sources import sources_of
-from ..rules._spectral import leading, rounding_level, scaled
-from ._replace import Change, routed_copy
+from ._replace import Change, factored, routed_copy
 
 __all__ = ["SmileLinear", "smile"]
 
@@ -159,15 +158,9 @@ def smile(
     def make(layer: nn.Linear, changes: list[Change]) -> nn.Module:
         m, n = layer.weight.shape
         kept, looked_at = min(rank, m, n), min(gate_rank, m, n)
-        matrix = changes[0].weight
-        right = matrix.new_zeros(len(changes), max(kept, looked_at), n)
-        left = matrix.new_zeros(len(changes), m, kept)
-        for index, change in enumerate(changes):
-            (part,), unit = scaled([change.weight])
-            U, s, V = leading(part, right.shape[1], rounding_level([part]), part.dtype, quick=True)
-            right[index, : len(s)] = V.mT
-            count = min(len(s), kept)
-            left[index, :, :count] = (U * (s * unit))[:, :count]
+        found = [factored(change.weight, max(kept, looked_at)) for change in changes]
+        right = torch.stack([directions for directions, _ in found])
+        left = torch.stack([images[:kept].mT for _, images in found])
         shift = None if changes[0].bias is None else torch.stack([c.bias for c in changes if c.bias is not None])
         return SmileLinear(layer, right, left, shift, looked_at, top_k)
 

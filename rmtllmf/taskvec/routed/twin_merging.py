@@ -16,9 +16,8 @@ from ..._state import Tensors, is_bendable, quoted, whole_number
 from ..._tasks import device_of
 from ...errors import InputError, ShapeError, StateMismatchError
 from .._sources import source_of, sources_of
-from ..rules._spectral import leading, rounding_level, scaled
 from ..rules.arithmetic import task_arithmetic
-from ._replace import Change, routed_copy
+from ._replace import Change, factored, routed_copy
 
 __all__ = ["TwinLinear", "TwinMerged", "twin_merging"]
 
@@ -256,15 +255,9 @@ def twin_merging(
 
     def make(layer: nn.Linear, changes: list[Change]) -> nn.Module:
         *own, everyones = changes
-        m, n = layer.weight.shape
-        kept = min(rank, m, n)
-        right = everyones.weight.new_zeros(kept, len(own), n)
-        left = everyones.weight.new_zeros(kept, len(own), m)
-        for index, change in enumerate(own):
-            (part,), unit = scaled([change.weight - everyones.weight])
-            U, s, V = leading(part, kept, rounding_level([part]), part.dtype, quick=True)
-            right[: len(s), index] = V.mT
-            left[: len(s), index] = (U * (s * unit)).mT
+        kept = min(rank, *layer.weight.shape)
+        found = [factored(change.weight - everyones.weight, kept) for change in own]
+        right, left = (torch.stack(parts, 1) for parts in zip(*found, strict=True))
         layer.weight.add_(everyones.weight.to(layer.weight.dtype))
         shift = None
         if layer.bias is not None and everyones.bias is not None:

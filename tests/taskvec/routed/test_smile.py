@@ -157,6 +157,8 @@ def test_half_precision_strides_and_magnitudes():
     vectors = [{"weight": torch.randn(6, 4, generator=torch.Generator().manual_seed(q)).mT} for q in range(2)]
     routed = smile(base, vectors, rank=2, gate_rank=2)
     assert routed.right.dtype == routed(torch.ones(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    bias_only = smile(base, [{"bias": torch.ones(4)}], rank=2, gate_rank=2)  # in half precision, with no matrix at all
+    torch.testing.assert_close(bias_only(torch.ones(2, 6).bfloat16()), base(torch.ones(2, 6).bfloat16()) + 1)
     base = layer(4, 6)
     small, large = (
         smile(base, [{"weight": c * v["weight"].double()} for v in vectors], rank=9, gate_rank=1) for c in (1.0, 1e200)
