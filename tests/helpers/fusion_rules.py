@@ -26,8 +26,10 @@ from rmtllmf.taskvec import (
     coordinate_median,
     dare,
     della,
+    do_merging,
     doge,
     emr_unified,
+    essential_subspace,
     fisher,
     fisher_grafting,
     geometric_median,
@@ -160,7 +162,7 @@ ROWS = [
         partial(statistics.led_of_sizes, neurons=True),
     ),
     Row("EMR, unified", emr_unified, each_key(masks.emr_unified)),
-    Row("WIDEN", partial(widen, base=masks.BASE), masks.widen, homogeneous=False),
+    Row("WIDEN", masks.given(widen, lambda vectors: masks.BASE), masks.widen, homogeneous=False),
     # weights are those of an average
     Row("Fisher", statistics.with_information(fisher), statistics.fisher_of_sizes, premultiplied=False),
     Row("Fisher grafting", masks.with_curvature(fisher_grafting), masks.with_curvature(masks.grafted, density=0.1)),
@@ -177,4 +179,6 @@ ROWS = [
         premultiplied=False,
         tolerance=1e-4,
     ),
+    Row("DO-Merging", do_merging, each_key(subspace.decoupled)),
+    Row("ESM", statistics.with_grams(essential_subspace), None, tolerance=1e-4),
 ]

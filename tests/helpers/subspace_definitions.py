@@ -97,3 +97,57 @@ def doge(vectors, scale=0.07, density=1.0, subspace=6, steps=400, step_size=1e-4
             kept = (task.abs() >= limit) & (task != 0) if density < 1 else torch.ones_like(task)
             result[key] += factor * kept * (task + delta.detach())
     return result
+
+
+def essential(x, inputs, power=2.0, weighting=0.0):
+    """One layer as the authors' program has it: principal directions from inputs (samples, n) of every task."""
+    k = max(1, x.shape[1] // len(x))
+    bases, coordinates = [], []
+    for task, X in zip(x, inputs, strict=True):
+        _, s, Vh = torch.linalg.svd(X @ task.mT, full_matrices=False)
+        here = s > 1e-7 * s[:1]
+        values, E = (s[here] ** 2)[:k], Vh[here][:k].mT
+        C = E.mT @ task
+        if weighting and len(values):
+            weights = (values / values.mean()) ** weighting
+            weights = weights / weights.mean()
+            E, C = E * weights, C * weights[:, None]
+        bases.append(E)
+        coordinates.append(C)
+    mean = sum(C.norm() for C in coordinates) / len(x)
+    if not mean:
+        return torch.zeros_like(x[0])
+    E, C = torch.cat(bases, 1), torch.cat([C * (C.norm() / mean) ** power for C in coordinates])
+    columns = C.norm(dim=0)
+    C = C * (columns / columns.mean()) ** power
+
+    def whitened(X):
+        U, s, Vh = torch.linalg.svd(X, full_matrices=False)
+        return s.mean() * (U * (s > 1e-7 * s[0])) @ Vh
+
+    return whitened(E) @ whitened(C)
+
+
+def decoupled(x):
+    """DO-Merging without the moving apart."""
+    if x.ndim != 3 or not x.numel() or len(x) == 1:
+        return x.mean(0)
+    lengths = x.norm(dim=1, keepdim=True)
+    return lengths.mean(0) * (x / lengths.where(lengths > 0, 1.0)).mean(0)
+
+
+def overlap(factors):
+    """Of stacked factors (N, r, n): the sum over all pairs of two tasks."""
+    return sum(((p @ q.mT) ** 2).sum() for i, p in enumerate(factors) for j, q in enumerate(factors) if i != j)
+
+
+def moved_apart(factors, stay, steps):
+    """(N, r, n): by automatic differentiation, for factors that are over their joint spectral norm."""
+    size = torch.linalg.matrix_norm(factors.flatten(0, 1), 2)
+    start = factors / size
+    moving = start.clone()
+    for _ in range(steps):
+        leaf = moving.clone().requires_grad_()
+        (overlap(leaf) + stay * ((leaf - start) ** 2).sum()).backward()
+        moving = moving - leaf.grad / (12 + 2 * stay)
+    return size * moving

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,27 +16,25 @@ COINCIDENT = 1e-7  # singular value of the joined directions below which they ar
 Triplets = tuple[Tensor, Tensor, Tensor]  # U (m, r), singular values (r), V (n, r)
 
 
-def joined(triplets: Sequence[Triplets]) -> Triplets:
-    """All of them side by side."""
-    U, s, V = (torch.cat(parts, -1) for parts in zip(*triplets, strict=True))
-    return U, s, V
-
-
-def decorrelated(U: Tensor, s: Tensor, V: Tensor, dtype: torch.dtype, *, quick: bool = False) -> Tensor | None:
-    r"""``polar(U) diag(s) polar(V)^T``: the nearest orthonormal directions in the place of U (m, r) and V (n, r).
+def decorrelated(
+    find: Callable[[bool], Sequence[Triplets]], weigh: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> Tensor:
+    r"""``polar(U) diag(weigh(s)) polar(V)^T`` (m, n), of all the triplets U, s, V that are found, side by side.
 
     Args:
-        U, s, V: of r joined directions.
+        find: find(True) may find what errs by some 1e-6, as ``leading(..., quick=True)`` does; find(False) is called
+            where that is not exact enough, because directions are too close to each other, and for float64.
+        weigh: what takes the place of the joined singular values.
         dtype: as for `polar`; also that of the result.
-        quick: U and V err by some 1e-6, as those of ``leading(..., quick=True)`` may.
-
-    Returns:
-        (m, n); None if `quick` directions are not exact enough, because they are too close to each other.
     """
-    (left, length), (right, width) = (polar(tensor, COINCIDENT, dtype) for tensor in (U, V))
-    if quick and not (_apart(length, len(U)) and _apart(width, len(V))):
-        return None
-    s = s.to(dtype)
+    for quick in (dtype == torch.float32, False):
+        U, s, V = (torch.cat(tensors, -1) for tensors in zip(*find(quick), strict=True))
+        if not len(s):
+            return U.new_zeros(len(U), len(V), dtype=dtype)
+        (left, length), (right, width) = (polar(tensor, COINCIDENT, dtype) for tensor in (U, V))
+        if not quick or (_apart(length, len(U)) and _apart(width, len(V))):
+            break
+    s = weigh(s).to(dtype)
     if len(U) >= len(V):
         return left.times(s[:, None] * right.whole().to(dtype).mT).to(dtype)
     return right.times(s[:, None] * left.whole().to(dtype).mT).to(dtype).mT

@@ -13,7 +13,7 @@ from ...errors import InputError
 from .._engine import Fusion
 from .._options import FusionOptions
 from ..vector import TaskVector
-from ._joined import Triplets, decorrelated, joined
+from ._joined import Triplets, decorrelated
 from ._spectral import averaged, leading, preimage, rounding_level, scaled
 
 __all__ = ["iso_cts"]
@@ -81,15 +81,11 @@ def iso_cts(
         total = torch.stack(parts).sum(0) if count > 1 else parts[0]
         shared = leading(total, rank - count * own, rounding_level(parts), dtype)
         beside = _Beside(shared[0], parts[0].shape[1])
-        for quick in (dtype == torch.float32, False):
-            U, s, V = joined([shared, *(beside.leading(part, own, quick) for part in parts if own)])
-            if not len(s):
-                return torch.zeros_like(total)
-            length = factor * unit * float(s.sum()) / rank
-            update = decorrelated(U, torch.full_like(s, length), V, dtype, quick=quick)
-            if update is not None:
-                break
-        return update
+        return decorrelated(
+            lambda quick: [shared, *(beside.leading(part, own, quick) for part in parts if own)],
+            lambda s: torch.full_like(s, factor * unit * float(s.sum()) / rank),
+            dtype,
+        )
 
     return fusion.by_matrix(matrix, averaged(count, factor))
 

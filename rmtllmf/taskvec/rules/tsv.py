@@ -12,7 +12,7 @@ from ..._state import Tensors, finite_number
 from .._engine import Fusion
 from .._options import FusionOptions
 from ..vector import TaskVector
-from ._joined import decorrelated, joined
+from ._joined import decorrelated
 from ._spectral import averaged, leading, rounding_level, scaled
 
 __all__ = ["tsv"]
@@ -63,23 +63,21 @@ def tsv(vectors: Iterable[Tensors], *, scale: float = 1.0, **options: Unpack[Fus
                 [0., 2.]])
     """
     fusion = Fusion(vectors, options)
-    count, factor = fusion.count, finite_number(scale, "scale")
+    factor = finite_number(scale, "scale")
+    return fusion.by_matrix(lambda key, parts: separated(parts, factor), averaged(fusion.count, factor))
 
-    def matrix(key: str, parts: list[Tensor]) -> Tensor:
-        kept = min(parts[0].shape) // count
-        if count == 1:
-            return factor * parts[0]
-        if not kept:
-            return torch.stack(parts).sum(0).mul_(factor / count)
-        dtype = parts[0].dtype
-        parts, unit = scaled(parts)
-        for quick in (dtype == torch.float32, False):
-            U, s, V = joined([leading(part, kept, rounding_level([part]), dtype, quick=quick) for part in parts])
-            if not len(s):
-                return torch.zeros_like(parts[0])
-            update = decorrelated(U, factor * unit * s, V, dtype, quick=quick)
-            if update is not None:
-                break
-        return update
 
-    return fusion.by_matrix(matrix, averaged(count, factor))
+def separated(parts: list[Tensor], factor: float) -> Tensor:
+    """The update of one matrix, times `factor`."""
+    count, dtype = len(parts), parts[0].dtype
+    kept = min(parts[0].shape) // count
+    if count == 1:
+        return factor * parts[0]
+    if not kept:
+        return torch.stack(parts).sum(0).mul_(factor / count)
+    parts, unit = scaled(parts)
+    return decorrelated(
+        lambda quick: [leading(part, kept, rounding_level([part]), dtype, quick=quick) for part in parts],
+        lambda s: factor * unit * s,
+        dtype,
+    )
