@@ -6,15 +6,15 @@ from collections.abc import Iterable
 from math import fsum, sqrt
 
 import torch
-from torch import Tensor
 from typing_extensions import Unpack
 
-from ..._state import Tensors, finite_number, inner_product
+from ..._state import Tensors, finite_number
 from ...errors import InputError
 from .._engine import Fusion, Piece
 from .._options import FusionOptions
 from .._sources import Stored
 from ..vector import TaskVector
+from ._distances import squared_norms
 from ._statistics import beside
 
 __all__ = ["fisher"]
@@ -78,8 +78,8 @@ def fisher(
         if min(weights) < 0 or max(weights) == 0:
             raise InputError(f"weights: expected at least 0, and one above, for {key!r}, got {weights}")
     given = beside(fusion, information, "information")
-    units = _units(given, normalize)
     sources = [Stored(each, "information") for each in given]
+    units = _units(sources, normalize)
 
     def combine(piece: Piece) -> None:
         total, needed = piece.spare(0, len(piece)).zero_(), piece.spare(1, len(piece))
@@ -98,10 +98,10 @@ def fisher(
     return fusion.by_entry(combine, weighted=False, positional=True)
 
 
-def _units(information: list[dict[str, Tensor]], normalize: bool) -> list[float]:
+def _units(information: list[Stored], normalize: bool) -> list[float]:
     """By what to multiply each: c_q / u."""
-    squares = [fsum(inner_product(tensor, tensor) for _, tensor in sorted(each.items())) for each in information]
-    entries = sum(tensor.numel() for each in information for tensor in each.values())
+    squares = squared_norms(Fusion(information, {})).tolist()
+    entries = sum(spec.size for each in information for spec in each.specs.values())
     scales = [1 / sqrt(square) if normalize and square > 0 else 1.0 for square in squares]
     unit = sqrt(fsum(c * c * square for c, square in zip(scales, squares, strict=True)) / max(1, entries))
     return [c / unit if unit > 0 else 0.0 for c in scales]
