@@ -86,7 +86,7 @@ def routed_copy(
 
 
 def factored(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Leading right singular vectors of a matrix (m, n), as rows (count, n), and left ones times their values, (count, m).
+    """Leading right singular vectors of a matrix (m, n), as rows (count, n), left ones times their values (count, m).
 
     Rows are zero where only rounding is left.
     """
