@@ -23,7 +23,7 @@ def python_blocks(path):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/index.md", "docs/channel.md", "docs/fusion.md", "docs/protection.md"]
+    "page", ["README.md", "docs/index.md", "docs/channel.md", "docs/fusion.md", "docs/rules.md", "docs/protection.md"]
 )
 def test_python_blocks_run_in_order(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # a snippet must not depend on, or write to, the checkout

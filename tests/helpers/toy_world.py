@@ -12,14 +12,14 @@ from rmtllmf.taskvec import TaskVector
 class Toy(World):
     """Random tasks of a tiny vision transformer."""
 
-    width = 16
+    width, layers = 16, 1
 
     @property
     def base(self):
         if not hasattr(self, "_base"):
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                self._base = VisionTransformer(8, 4, self.width, 1, 2, 2.0, output_dim=8).eval()
+                self._base = VisionTransformer(8, 4, self.width, self.layers, 2, 2.0, output_dim=8).eval()
         return self._base
 
     def load(self, name):

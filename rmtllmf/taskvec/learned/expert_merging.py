@@ -178,8 +178,8 @@ def expert_merging(
     with the :math:`\alpha` of `expert_merging_coefficients`.
 
     Args:
-        vectors, model, tasks, base, hidden, start, steps, lr, temperature, hidden_weight, anchor_weight, task_weights,
-            bounds: as for `expert_merging_coefficients`.
+        vectors, model, tasks, base, hidden, start: as for `expert_merging_coefficients`.
+        steps, lr, temperature, hidden_weight, anchor_weight, task_weights, bounds: likewise.
         options: as for every rule, see `FusionOptions`.
 
     Returns:
