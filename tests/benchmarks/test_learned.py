@@ -30,7 +30,7 @@ def world():
     torch.manual_seed(0)
     model = VisionTransformer(32, 16, WIDTH, BLOCKS, 4, 4.0, output_dim=512).eval()
     for parameter in model.parameters():
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(True).data.add_(torch.randn_like(parameter), alpha=0.01)  # no tensor without direction
     tuned = [deepcopy(model) for _ in range(COUNT)]
     for copy in tuned:
         for parameter in copy.parameters():
@@ -137,9 +137,6 @@ def test_concrete(monkeypatch):
         wrappers.get_task_wise_weights(COUNT, 0.3), deepcopy(model), tuned, clamp_weights=False
     )
     module.requires_grad_(False)
-    numbers = iter(())
-    same = "torch.distributions.relaxed_bernoulli.torch.rand"
-    monkeypatch.setattr(same, lambda shape, **_: next(numbers))
 
     def drawn(step):
         for name in names:
@@ -147,13 +144,14 @@ def test_concrete(monkeypatch):
             yield REAL_RAND(dict(model.named_parameters())[name].shape, generator=source)
 
     def theirs():
-        nonlocal numbers
         mask_model = masks.MaskModel(model, parameter_type="logits")
         mask_model.fill_(0.0)
         adam = torch.optim.Adam(mask_model.parameters(), lr=0.1)
         for step in range(STEPS + 1):
             numbers = drawn(step)
-            mask = mask_model.sample_mask(mask_type="continuous", temperature=0.5)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "rand", lambda shape, **_: next(numbers))  # noqa: B023 (used before the next turn)
+                mask = mask_model.sample_mask(mask_type="continuous", temperature=0.5)
             mask = {name: m / torch.mean(m) for name, m in mask.items()}
             if step == STEPS:
                 break

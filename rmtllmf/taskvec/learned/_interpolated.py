@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._call import WithState, check_model, state_of
-from ..._state import StateLike, Tensors, all_finite, identity, is_bendable, quoted
+from ..._state import StateLike, Tensors, all_finite, identity, is_bendable, quoted, wide
 from ..._tasks import Head, Task, Tasks, as_tasks, device_of, inputs_of, pairs
 from ...errors import InputError, NonFiniteError, ShapeError, StateMismatchError
 from .._engine import Fusion
@@ -97,12 +97,12 @@ class Interpolated:
     def at(self, coefficients: Tensor) -> WithState:
         """The model with (L, N) coefficients, whose parameters ask for gradients; until the next call."""
         for layer, parameter, row in zip(self.layers, self.parameters, coefficients.tolist(), strict=True):
-            wide = parameter if parameter.element_size() >= 4 else torch.empty_like(parameter, dtype=torch.float32)
-            wide.copy_(layer.base)
-            for step, a, w in zip(self.steps(layer, wide.dtype), row, layer.weights, strict=True):
-                wide.add_(step, alpha=a * w)
-            if wide is not parameter:
-                parameter.copy_(wide)
+            total = wide(parameter.copy_(layer.base))
+            for step, a, w in zip(self.steps(layer, total.dtype), row, layer.weights, strict=True):
+                if a * w != 0:
+                    total.add_(step, alpha=a * w)
+            if total is not parameter:
+                parameter.copy_(total)
         return self.call()
 
     def call(self) -> WithState:
@@ -122,9 +122,8 @@ class Interpolated:
         layer, gradient = self.layers[index], self.parameters[index].grad
         if gradient is None:
             return torch.zeros(self.count, device=self.parameters[index].device)
-        wide = gradient if gradient.element_size() >= 4 else gradient.float()
-        flat = wide.reshape(-1)
-        steps = zip(self.steps(layer, wide.dtype), layer.weights, strict=True)
+        flat = wide(gradient).reshape(-1)
+        steps = zip(self.steps(layer, flat.dtype), layer.weights, strict=True)
         return torch.stack([torch.dot(flat, step.reshape(-1)) * w for step, w in steps])
 
     def steps(self, layer: Layer, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -184,19 +183,19 @@ def rows_of(head: Head | None) -> Head:
 
 def entropy(logits: Tensor) -> Tensor:
     """The mean entropy, in nats, of (B, K) logits."""
-    wide = logits if logits.element_size() >= 4 else logits.float()
-    return -(wide.softmax(-1) * wide.log_softmax(-1)).sum(-1).mean()
+    z = wide(logits)
+    return -(z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean()
 
 
 def mean_entropy(
     call: WithState, parameters: Sequence[Tensor], tasks: Mapping[str, Task], streams: Mapping[str, Iterator[Any]]
 ) -> float:
-    """Of the next batch of every task; its gradient is added to the parameters'."""
+    """Of the next batch of every task; the gradient of their sum is added to the parameters'."""
     total = 0.0
     for where, task in tasks.items():
 
         def down(logits: Tensor, where: str = where) -> float:
-            return descend(entropy(logits), 1 / len(tasks), parameters, where)
+            return descend(entropy(logits), 1.0, parameters, where)
 
         total += call.inside(down, next(streams[where]), where, head=rows_of(task.head))
     return total / len(tasks)

@@ -43,7 +43,7 @@ def adamerging_coefficients(
 ) -> LearnedWeights:
     r"""The coefficients of AdaMerging.
 
-    .. math:: \min_\lambda \frac{1}{N} \sum_i \mathbb{E}_x\, H\bigl(h_i(f(x; \theta(\lambda)))\bigr), \qquad
+    .. math:: \min_\lambda \sum_i \mathbb{E}_x\, H\bigl(h_i(f(x; \theta(\lambda)))\bigr), \qquad
               \theta_l(\lambda) = \theta_{0,l} + \sum_q \lambda_{q,l} \tau_{q,l}, \qquad
               H(z) = -\sum_k p_k \log p_k, \quad p = \operatorname{softmax} z
 
@@ -70,7 +70,7 @@ def adamerging_coefficients(
         progress: show a progress bar.
 
     Returns:
-        `LearnedWeights`: :math:`\lambda_{q,l} w_{q,l}` by name, and the mean entropy before each step, in nats.
+        `LearnedWeights`: :math:`\lambda_{q,l} w_{q,l}` by name, and the tasks' mean entropy before each step, in nats.
 
     Raises:
         InputError: no batches, an iterator that is used up or shared, an argument out of range, a loss that does not

@@ -62,7 +62,7 @@ def concrete_mask(
 ) -> ConcreteMask:
     r"""Learn the mask of Concrete task arithmetic.
 
-    .. math:: \min_x\ \mathbb{E}_u \frac{1}{N} \sum_i \mathbb{E}\, H\bigl(h_i(f(\cdot; \theta_0 +
+    .. math:: \min_x\ \mathbb{E}_u \sum_i \mathbb{E}\, H\bigl(h_i(f(\cdot; \theta_0 +
               \lambda \tfrac{m}{\operatorname{mean} m} \odot \sum_q \tau_q))\bigr), \qquad
               m = \operatorname{sigmoid}\Bigl(\frac{x + \log u - \log(1 - u)}{T}\Bigr)
 

@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div, mse_loss
 from typing_extensions import Unpack
 
 from ..._call import WithState
-from ..._state import StateLike, Tensors, finite_number, select_names
+from ..._state import StateLike, Tensors, finite_number, select_names, wide
 from ..._tasks import Head, Tasks, mode
 from ...errors import InputError, ShapeError
 from .._options import FusionOptions, Weights, checked_options
@@ -225,8 +225,7 @@ def expert_merging(
 
 def _divergence(expected: Tensor, logits: Tensor) -> Tensor:
     """KL of the softmax of `expected` and that of `logits`, the mean over the rows."""
-    wide = logits if logits.element_size() >= 4 else logits.float()
-    return kl_div(wide.log_softmax(-1), expected.to(wide.dtype).log_softmax(-1), reduction="batchmean", log_target=True)
+    return kl_div(wide(logits).log_softmax(-1), wide(expected).log_softmax(-1), reduction="batchmean", log_target=True)
 
 
 @contextmanager
@@ -265,7 +264,7 @@ def _state(output: Any, what: str) -> Tensor:
     first = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(first, Tensor):
         raise TypeError(f"{what}: expected a tensor, or a tuple of which the first is one, got {type(first).__name__}")
-    return first if first.element_size() >= 4 else first.float()
+    return wide(first)
 
 
 def _task_weights(values: object, count: int) -> list[float]:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from typing_extensions import Unpack
 
 from ..._call import WithState
-from ..._state import StateLike, Tensors, finite_number, whole_number
+from ..._state import StateLike, Tensors, finite_number, whole_number, wide
 from ..._tasks import Task, Tasks, mode
 from ...errors import InputError
 from .._options import FusionOptions, Weights, checked_options
@@ -206,8 +206,8 @@ class _Oracle:
         if self.norms is not None:
             products, lengths = [], []
             for layer, parameter in zip(self.at.layers, self.at.parameters, strict=True):
-                gradient = torch.zeros_like(layer.base) if parameter.grad is None else parameter.grad
-                products.append((gradient.double() * layer.base.double()).sum().cpu())
+                gradient = wide(torch.zeros_like(layer.base) if parameter.grad is None else parameter.grad)
+                products.append(torch.dot(gradient.reshape(-1), wide(layer.base).reshape(-1)).to("cpu", torch.float64))
                 lengths.append(_norm(gradient))
             scores = scores + torch.stack(products)[:, None]
             sizes = torch.stack(lengths)[:, None] * self.norms
@@ -218,7 +218,7 @@ class _Oracle:
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).cpu()
+    return torch.linalg.vector_norm(wide(tensor.detach())).to("cpu", torch.float64)
 
 
 def _mean_loss(

@@ -29,13 +29,13 @@ def naive(vectors, model, tasks, by, steps, lr, bounds=(0.0, 1.0), start=0.3):
         loss = 0
         for head, batches in tasks.values():
             p = head(functional_call(model, state, (batches[step % len(batches)][0],))).softmax(-1)
-            loss = loss - (p * p.log()).sum(-1).mean() / len(tasks)
+            loss = loss - (p * p.log()).sum(-1).mean()
         adam.zero_grad()
         loss.backward()
         adam.step()
         if bounds:
             raw.data.clamp_(*bounds)
-        losses.append(float(loss.detach()))
+        losses.append(float(loss.detach()) / len(tasks))
     rows = {name: raw[index if by == "layer" else 0].tolist() for index, name in enumerate(names)}
     return {**rows, "again.weight": rows["middle.weight"]}, losses
 

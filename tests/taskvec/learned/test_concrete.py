@@ -40,11 +40,11 @@ def naive(vectors, model, tasks, steps, lr, T, scale, seed):
         loss = 0
         for head, batches in tasks.values():
             p = head(functional_call(model, state, (batches[step % len(batches)][0],))).softmax(-1)
-            loss = loss - (p * p.log()).sum(-1).mean() / len(tasks)
+            loss = loss - (p * p.log()).sum(-1).mean()
         adam.zero_grad()
         loss.backward()
         adam.step()
-        losses.append(float(loss.detach()))
+        losses.append(float(loss.detach()) / len(tasks))
     return {n: mask.detach() for n, mask in sampled(steps).items()}, {n: x[n].detach().sigmoid() for n in names}, losses
 
 
