@@ -53,7 +53,7 @@ def predictions(model: Any, head: Head | None, inputs: Any, argument: str) -> Te
 
 def state_of(model: nn.Module, source: StateLike, argument: str) -> dict[str, Tensor]:
     """`source` as a state dict that fits `model`: new tensor objects, detached, on the model's device."""
-    own, state = model.state_dict(), as_state(source, argument)
+    own, state = as_state(model, "model"), as_state(source, argument)
     check_keys(state, own, argument, "model")
     check_shapes(state, own, argument, "model")
     return {name: state[name].detach().to(own[name].device) for name in own}

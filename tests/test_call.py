@@ -1,0 +1,23 @@
+"""Models called with other parameters than their own."""
+
+import torch
+from torch import nn
+
+from rmtllmf._call import WithState, state_of
+
+
+class Remembering(nn.Linear):
+    """With something beside tensors in its state dict."""
+
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        self.calls = state["calls"]
+
+
+def test_what_modules_put_into_their_state_dict_beside_tensors_is_no_parameter():
+    model = Remembering(2, 2)
+    call = WithState(model, state_of(model, {"weight": torch.eye(2), "bias": torch.zeros(2)}, "base"))
+    assert torch.equal(call(torch.eye(2)), torch.eye(2))
+    assert set(state_of(model, model, "base")) == {"weight", "bias"}
