@@ -75,7 +75,10 @@ def each_key(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Vect
     return lambda vectors: {key: function(torch.stack([v[key] for v in vectors])) for key in vectors[0]}
 
 
-MASK = {key: tensor.sigmoid() for key, tensor in masks.BASE.items()}
+def shared_mask(vectors: Vectors) -> dict[str, torch.Tensor]:
+    """Shares that all tasks keep of their entries."""
+    found = {key: tensor.sigmoid() for key, tensor in masks.like(vectors, "mask").items()}
+    return found | ({"head": found["l0.w"]} if "head" in found else {})
 
 
 def by_losses(vectors: Vectors, **options: Any) -> Any:
@@ -87,8 +90,8 @@ ROWS = [
     Row("task arithmetic", partial(task_arithmetic, scale=0.3), each_key(lambda x: 0.3 * x.sum(0))),
     Row(
         "Concrete task arithmetic",
-        lambda vectors, **options: concrete(vectors, {key: MASK[key] for key in vectors[0]}, scale=0.4, **options),
-        lambda vectors: {key: 0.4 * MASK[key].double() * sum(v[key] for v in vectors) for key in vectors[0]},
+        masks.given(concrete, shared_mask, scale=0.4),
+        lambda vectors: {k: 0.4 * m.double() * sum(v[k] for v in vectors) for k, m in shared_mask(vectors).items()},
     ),
     Row("weighted average", weighted_average, each_key(lambda x: x.mean(0)), premultiplied=False),
     Row(
@@ -162,16 +165,20 @@ ROWS = [
         partial(statistics.led_of_sizes, neurons=True),
     ),
     Row("EMR, unified", emr_unified, each_key(masks.emr_unified)),
-    Row("WIDEN", masks.given(widen, lambda vectors: masks.BASE), masks.widen, homogeneous=False),
+    Row("WIDEN", masks.given(widen, masks.base_of), masks.widen, homogeneous=False),
     # weights are those of an average
     Row("Fisher", statistics.with_information(fisher), statistics.fisher_of_sizes, premultiplied=False),
-    Row("Fisher grafting", masks.with_curvature(fisher_grafting), masks.with_curvature(masks.grafted, density=0.1)),
+    Row(
+        "Fisher grafting",
+        masks.given(fisher_grafting, masks.curvature_of),
+        masks.given(masks.grafted, masks.curvature_of, density=0.1),
+    ),
     Row(
         "Fisher grafting by tensor",
-        masks.with_curvature(fisher_grafting, density=0.4, within="tensor", combine="sum"),
-        masks.with_curvature(masks.grafted, density=0.4, by_tensor=True, combine="sum"),
+        masks.given(fisher_grafting, masks.curvature_of, density=0.4, within="tensor", combine="sum"),
+        masks.given(masks.grafted, masks.curvature_of, density=0.4, by_tensor=True, combine="sum"),
     ),
-    Row("OBIM", masks.with_moments(optimal_brain_merging), masks.obim, permutable=False),
+    Row("OBIM", masks.given(optimal_brain_merging, masks.moments_of), masks.obim, permutable=False),
     Row(
         "RegMean",
         statistics.with_grams(regmean),

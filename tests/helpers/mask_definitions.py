@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from zlib import crc32
+
 import torch
 from torch import Tensor
 
@@ -13,15 +15,40 @@ def emr_unified(x: Tensor) -> Tensor:
     return sign * (x.abs() * agree).amax(0)
 
 
-SHAPES = {"l0.w": (6, 4), "l1.w": (3, 7), "l1.b": (5,), "conv": (2, 3, 2, 2), "scalar": (), "one": (1,), "none": (0, 3)}
-SHAPES |= {"a.w": (6, 4), "b.w": (3, 7), "long": (40,), "s": ()}
-_source = torch.Generator().manual_seed(10**7)
-BASE = {key: torch.randn(shape, generator=_source) for key, shape in SHAPES.items()}
-BASE["head"] = BASE["l0.w"]
-"""A base model for all names that the tests of the rules use."""
+def like(vectors, name: str) -> dict[str, Tensor]:
+    """Normal numbers in the names and shapes of the vectors, the same ones wherever; "head" is tied to "l0.w"."""
+    found = {}
+    for key in vectors[0]:
+        seed = crc32(f"{name} {'l0.w' if key == 'head' else key}".encode())
+        found[key] = torch.randn(vectors[0][key].shape, generator=torch.Generator().manual_seed(seed))
+    if "head" in found:
+        found["head"] = found["l0.w"]
+    return found
 
 
-def widen(vectors: list[dict[str, Tensor]], base=BASE, ratio=1.0, calibration=1.0) -> dict[str, Tensor]:
+def base_of(vectors) -> dict[str, Tensor]:
+    """A base model for the vectors."""
+    return like(vectors, "base")
+
+
+def curvature_of(vectors) -> list[dict[str, Tensor]]:
+    """The same curvature for all tasks."""
+    found = {key: tensor.square() + 0.01 for key, tensor in like(vectors, "curvature").items()}
+    if "head" in found:
+        found["head"] = found["l0.w"]
+    return [found] * len(vectors)
+
+
+def moments_of(vectors) -> list[dict[str, Tensor]]:
+    """Moments of the inputs of matrices, and nothing for other tensors."""
+    drawn = like(vectors, "moments").items()
+    found = {key: tensor.square().sum(0) + 0.1 for key, tensor in drawn if tensor.ndim == 2}
+    if "head" in found:
+        found["head"] = found["l0.w"]
+    return [found] * len(vectors)
+
+
+def widen(vectors: list[dict[str, Tensor]], base=None, ratio=1.0, calibration=1.0) -> dict[str, Tensor]:
     """WIDEN, with the steps and the names of the paper: disentangle, rank, softmax, calibrate."""
 
     def scores(importance: Tensor, mean: Tensor) -> Tensor:
@@ -29,7 +56,7 @@ def widen(vectors: list[dict[str, Tensor]], base=BASE, ratio=1.0, calibration=1.
         score[importance > ratio * mean] = calibration
         return score
 
-    update = {}
+    update, base = {}, base_of(vectors) if base is None else base
     for key in vectors[0]:
         delta = torch.stack([vector[key] for vector in vectors])
         if delta.ndim != 3:
@@ -49,10 +76,6 @@ def widen(vectors: list[dict[str, Tensor]], base=BASE, ratio=1.0, calibration=1.
     return update
 
 
-CURVATURE = {key: torch.rand(shape, generator=_source).square() + 0.01 for key, shape in SHAPES.items()}
-CURVATURE["head"] = CURVATURE["l0.w"]
-
-
 def given(rule, beside, **fixed):
     """A rule of vectors only, from one that is given mappings too, ``beside(vectors)``; a rule of the package still."""
 
@@ -61,11 +84,6 @@ def given(rule, beside, **fixed):
 
     call.__module__, call.__qualname__ = rule.__module__, rule.__qualname__
     return call
-
-
-def with_curvature(rule, **fixed):
-    """With the same curvature for all tasks."""
-    return given(rule, lambda vectors: [CURVATURE] * len(vectors), **fixed)
 
 
 def grafted(vectors, curvature, density, *, by_tensor=False, combine="curvature"):
@@ -92,10 +110,6 @@ def grafted(vectors, curvature, density, *, by_tensor=False, combine="curvature"
     return update
 
 
-MOMENTS = {key: torch.rand(shape[1:], generator=_source) + 0.1 for key, shape in SHAPES.items() if len(shape) == 2}
-MOMENTS["head"] = MOMENTS["l0.w"]
-
-
 def taken_in_turn(vectors, curvature, densities, *, by_model=False):
     """OBIM: each task's most salient entries among those that are left; curvature broadcasts, and is 1 if missing."""
     names = sorted(vectors[0])
@@ -118,10 +132,6 @@ def taken_in_turn(vectors, curvature, densities, *, by_model=False):
     return update
 
 
-def with_moments(rule, **fixed):
-    """With moments of the inputs of matrices, and nothing for other tensors."""
-    return given(rule, lambda v: [{key: h for key, h in MOMENTS.items() if key in v[0]}] * len(v), **fixed)
-
-
 def obim(vectors):
-    return with_moments(taken_in_turn)(vectors, densities=[0.2] * len(vectors))
+    """OBIM with these moments, a fifth for each task."""
+    return taken_in_turn(vectors, moments_of(vectors), [0.2] * len(vectors))
