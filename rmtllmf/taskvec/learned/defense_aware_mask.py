@@ -74,7 +74,7 @@ def defense_aware_mask(
 ) -> DefenseAwareMask:
     r"""Learn the mask of defence-aware merging (DAM), in turns with the triggers that it is to withstand.
 
-    .. math:: \min_x\ \frac{1}{N} \sum_i \mathbb{E}\bigl[H(z_i(u)) + \alpha L(z_i(u + \delta_i))\bigr], \qquad
+    .. math:: \min_x\ \sum_i \mathbb{E}\bigl[H(z_i(u)) + \alpha L(z_i(u + \delta_i))\bigr], \qquad
               \max_{\delta_i}\ \mathbb{E}\, \mathrm{CE}\bigl(z_i(u + \delta_i), \arg\max z_i(u)\bigr)
 
     with the logits :math:`z_i` of the model at :math:`\theta_0 + \lambda\, m \odot \sum_q \tau_q`, the mask m drawn
@@ -149,7 +149,7 @@ def defense_aware_mask(
             attack.zero_grad()
             disagreements.append(share * sum(task.disagree(call) for task in attacked))
             attack.step()
-            losses.append(share * sum(task.withstand(call, at.parameters, alpha, against, share) for task in attacked))
+            losses.append(share * sum(task.withstand(call, at.parameters, alpha, against) for task in attacked))
             for layer in masked:
                 layer.pull_back(heat)
             adam.step()
@@ -203,17 +203,15 @@ class _Attacked:
 
         return call.inside(up, self.both(self.trigger), self.where, head=self.head)
 
-    def withstand(
-        self, call: WithState, parameters: Sequence[Tensor], alpha: float, against: Against, share: float
-    ) -> float:
-        """The loss of the mask, of which `share` times the gradient is added to the parameters'."""
+    def withstand(self, call: WithState, parameters: Sequence[Tensor], alpha: float, against: Against) -> float:
+        """The loss of the mask, whose gradient is added to the parameters'."""
 
         def down(logits: Tensor) -> float:
             calm, disturbed = logits.chunk(2)
             loss = entropy(calm)
             if alpha:
                 loss = loss + alpha * (entropy(disturbed) if against == "entropy" else _disagreement(logits))
-            return descend(loss, share, parameters, self.where)
+            return descend(loss, 1.0, parameters, self.where)
 
         return call.inside(down, self.both(self.trigger.detach()), self.where, head=self.head)
 

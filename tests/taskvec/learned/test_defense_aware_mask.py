@@ -62,11 +62,11 @@ def naive(vectors, model, tasks, steps, lr, trigger_lr, alpha, against, bounds, 
         for task in tasks:
             calm, disturbed = logits(task, state, triggers[task].detach())
             extra = entropy(disturbed) if against == "entropy" else disagreement(calm, disturbed)
-            loss = loss + (entropy(calm) + alpha * extra) / len(tasks)
+            loss = loss + entropy(calm) + alpha * extra
         adam.zero_grad()
         loss.backward()
         adam.step()
-        losses.append(float(loss.detach()))
+        losses.append(float(loss.detach()) / len(tasks))
         disagreements.append(float(raised.detach()) / len(tasks))
     return {n: mask.detach() for n, mask in sampled(steps).items()}, triggers, losses, disagreements
 
