@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 from torch import nn
@@ -14,12 +15,11 @@ from ..._tasks import Tasks
 from ...errors import InputError
 from .._options import FusionOptions, Weights, checked_options
 from .._sources import sources_of
-from ..rules.arithmetic import task_arithmetic
 from ..rules.ties import ties
 from ..vector import TaskVector
 from ._adam import Schedule
 from ._interpolated import Interpolated, endless, mean_entropy, prepared
-from .weights import LearnedWeights
+from .weights import LearnedWeights, fused_by
 
 __all__ = ["adamerging", "adamerging_coefficients"]
 
@@ -156,21 +156,18 @@ def adamerging(
     if density is not None:
         given = survivors(given, density, options)
         options.pop("skip", None)
-    found = adamerging_coefficients(
-        given,
-        model,
-        tasks,
+    learn = partial(
+        adamerging_coefficients,
+        model=model,
+        tasks=tasks,
         base=base,
         by=by,
         start=start,
         steps=steps,
         lr=lr,
         bounds=bounds,
-        weights=options.pop("weights", None),
-        skip=options.get("skip", ()),
-        progress=options.get("progress", False),
     )
-    return task_arithmetic(given, 1.0, **(options | {"weights": found.weights}))
+    return fused_by(learn, given, options)
 
 
 def survivors(vectors: Sequence[Tensors], density: float, options: FusionOptions) -> list[Tensors]:

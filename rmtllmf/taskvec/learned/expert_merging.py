@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from ..._tasks import Head, Tasks, mode
 from ...errors import InputError, ShapeError
 from .._options import FusionOptions, Weights, checked_options
 from .._sources import sources_of
-from ..rules.arithmetic import heuristic_scale, task_arithmetic
+from ..rules.arithmetic import heuristic_scale
 from ..vector import TaskVector
 from ._adam import Schedule
 from ._interpolated import Interpolated, descend, kept, prepared, rows_of
-from .weights import LearnedWeights
+from .weights import LearnedWeights, fused_by
 
 __all__ = ["expert_merging", "expert_merging_coefficients"]
 
@@ -202,10 +203,10 @@ def expert_merging(
     """
     options = checked_options(options)
     given = sources_of(vectors, "vectors")
-    found = expert_merging_coefficients(
-        given,
-        model,
-        tasks,
+    learn = partial(
+        expert_merging_coefficients,
+        model=model,
+        tasks=tasks,
         base=base,
         hidden=hidden,
         start=start,
@@ -216,11 +217,8 @@ def expert_merging(
         anchor_weight=anchor_weight,
         task_weights=task_weights,
         bounds=bounds,
-        weights=options.pop("weights", None),
-        skip=options.get("skip", ()),
-        progress=options.get("progress", False),
     )
-    return task_arithmetic(given, 1.0, **(options | {"weights": found.weights}))
+    return fused_by(learn, given, options)
 
 
 def _divergence(expected: Tensor, logits: Tensor) -> Tensor:

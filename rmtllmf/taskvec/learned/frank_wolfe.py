@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -17,10 +18,10 @@ from ..._tasks import Task, Tasks, mode
 from ...errors import InputError
 from .._options import FusionOptions, Weights, checked_options
 from .._sources import sources_of
-from ..rules.arithmetic import heuristic_scale, task_arithmetic
+from ..rules.arithmetic import heuristic_scale
 from ..vector import TaskVector
 from ._interpolated import Interpolated, descend, entropy, kept, prepared, rows_of, shown
-from .weights import LearnedWeights
+from .weights import LearnedWeights, fused_by
 
 __all__ = ["frank_wolfe", "frank_wolfe_coefficients"]
 
@@ -169,10 +170,10 @@ def frank_wolfe(
     """
     options = checked_options(options)
     given = sources_of(vectors, "vectors")
-    found = frank_wolfe_coefficients(
-        given,
-        model,
-        tasks,
+    learn = partial(
+        frank_wolfe_coefficients,
+        model=model,
+        tasks=tasks,
         base=base,
         by=by,
         start=start,
@@ -180,11 +181,8 @@ def frank_wolfe(
         step_size=step_size,
         loss=loss,
         oracle=oracle,
-        weights=options.pop("weights", None),
-        skip=options.get("skip", ()),
-        progress=options.get("progress", False),
     )
-    return task_arithmetic(given, 1.0, **(options | {"weights": found.weights}))
+    return fused_by(learn, given, options)
 
 
 class _Oracle:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from ..._state import Tensors
+from .._options import FusionOptions
+from ..rules.arithmetic import task_arithmetic
+from ..vector import TaskVector
 
 __all__ = ["LearnedWeights"]
 
@@ -29,3 +34,14 @@ class LearnedWeights:
     weights: Mapping[str, tuple[float, ...]]
     losses: tuple[float, ...]
     gaps: tuple[float, ...] = ()
+
+
+def fused_by(learn: Callable[..., LearnedWeights], vectors: Sequence[Tensors], options: FusionOptions) -> TaskVector:
+    """Task arithmetic with the weights that `learn` finds for the vectors, those of `options` included."""
+    found = learn(
+        vectors,
+        weights=options.pop("weights", None),
+        skip=options.get("skip", ()),
+        progress=options.get("progress", False),
+    )
+    return task_arithmetic(vectors, 1.0, **(options | {"weights": found.weights}))
