@@ -68,7 +68,7 @@ def led(held: Held, vectors: list[TaskVector]) -> Update:
 
 def concrete(held: Held, vectors: list[TaskVector]) -> Update:
     """Task arithmetic inside of a Concrete mask."""
-    found = tv.concrete_mask(vectors, held.world.base, held.shots(), seed=held.seed, steps=STEPS, lr=0.1)
+    found = tv.concrete_mask(vectors, held.world.base, held.shots(), seed=held.seed, steps=STEPS, lr=2 / STEPS)
     return tv.concrete(vectors, found.mask)
 
 
