@@ -74,8 +74,8 @@ def realign(
         anchor_weight: :math:`w`, at least 0: a number, or a mapping of name or glob pattern -> a number, or a tensor
             that broadcasts to the parameter; the first pattern that matches counts, and a parameter that none matches
             is free, as with weight 0. The precision of the anchor: where its error has variance v and the loss is the
-            mean over n samples of a negative log-likelihood, ``1 / (n v)`` makes the sum the posterior's; with many more
-            parameters than samples that is so stiff that hardly anything is learnt, and less is better. With
+            mean over n samples of a negative log-likelihood, ``1 / (n v)`` makes the sum the posterior's; with many
+            more parameters than samples that is so stiff that hardly anything is learnt, and less is better. With
             AdamW (also Adam and SGD as `optimizer`) the pull is a proximal step after every step,
             :math:`\theta \leftarrow (D \theta + \eta w \theta^{\text{anchor}}) / (D + \eta w)`, in the metric D of
             the optimizer: the root of the second moment for AdamW, 1 for SGD. It is stable for any weight, and comes
