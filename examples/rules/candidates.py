@@ -139,4 +139,4 @@ CANDIDATES: dict[str, Candidate] = {
     "SMILE": Candidate(lambda held, vectors: tv.smile(held.world.base, vectors, rank=RANK, gate_rank=RANK)),
     "Twin-Merging": Candidate(twin, "inputs"),
 }
-"""In the order of the table; from the last four on tasks have models of their own, or the model finds out the task."""
+"""In the order of the table; of the last four, two have a model for each task, and two find out the task."""

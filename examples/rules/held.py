@@ -32,7 +32,6 @@ class Held:
         self.stage = Stage(world, protocol, seed)
         self.world, self.protocol, self.seed = world, protocol, seed
         self.vectors = lru_cache(maxsize=None)(self._vectors)
-        self._found: tuple[tuple[str, int], Any] | None = None  # the statistics asked for last
         self._test = {task: _some(world.arena(task).test, PICTURES, seed) for task in protocol.tasks}
 
     def _vectors(self, uplink: str, shrunk: bool) -> list[TaskVector]:
@@ -58,18 +57,15 @@ class Held:
 
     def information(self, vectors: Sequence[TaskVector]) -> list[dict[str, Tensor]]:
         """The empirical Fisher information of each of these models on its task's few pictures."""
-        return self._statistics("information", vectors, partial(fisher_information, labels="given"))
+        return self._statistics(vectors, partial(fisher_information, labels="given"))
 
     def grams(self, vectors: Sequence[TaskVector]) -> list[dict[str, Tensor]]:
         """The Gram matrices of each of these models' layers on its task's few pictures."""
-        return self._statistics("grams", vectors, input_grams)
+        return self._statistics(vectors, input_grams)
 
-    def _statistics(self, name: str, vectors: Sequence[TaskVector], of: Callable[..., Any]) -> list[Any]:
-        key = (name, id(vectors))
-        if self._found is None or self._found[0] != key:
-            pairs = zip(self.by_task(), self.states(vectors), strict=True)
-            self._found = key, [of(self.world.base, task, state=state) for task, state in pairs]
-        return self._found[1]
+    def _statistics(self, vectors: Sequence[TaskVector], of: Callable[..., Any]) -> list[Any]:
+        pairs = zip(self.by_task(), self.states(vectors), strict=True)
+        return [of(self.world.base, task, state=state) for task, state in pairs]
 
     def by_task(self) -> list[dict[str, Any]]:
         """The few labelled pictures, each task's by themselves."""

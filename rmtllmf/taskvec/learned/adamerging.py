@@ -17,8 +17,8 @@ from .._options import FusionOptions, Weights, checked_options
 from .._sources import sources_of
 from ..rules.ties import ties
 from ..vector import TaskVector
-from ._adam import Schedule
 from ._interpolated import Interpolated, endless, mean_entropy, prepared
+from ._schedule import Schedule
 from .weights import LearnedWeights, fused_by
 
 __all__ = ["adamerging", "adamerging_coefficients"]

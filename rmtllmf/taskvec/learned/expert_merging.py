@@ -20,8 +20,8 @@ from .._options import FusionOptions, Weights, checked_options
 from .._sources import sources_of
 from ..rules.arithmetic import heuristic_scale
 from ..vector import TaskVector
-from ._adam import Schedule
 from ._interpolated import Interpolated, descend, kept, prepared, rows_of
+from ._schedule import Schedule
 from .weights import LearnedWeights, fused_by
 
 __all__ = ["expert_merging", "expert_merging_coefficients"]
