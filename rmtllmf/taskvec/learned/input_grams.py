@@ -88,23 +88,34 @@ class Products:
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.sums: dict[str, list[Tensor]] = {}
         self.counts: dict[str, list[int]] = {}
+        self.latest: tuple[Tensor, int, Tensor] | None = None  # input, its version, product
 
     def add(self, weight: str, *blocks: Tensor) -> None:
         """Inputs (..., n) of one weight: of all its rows, or for each of several blocks of them."""
-        rows = [x.detach().reshape(-1, x.shape[-1]) for x in blocks]
-        rows = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in rows]
+        products = [self._product(x) for x in blocks]
+        rows = [x.shape[:-1].numel() for x in blocks]
         found, counts = self.sums.get(weight), self.counts.get(weight)
         if found is None or counts is None:
-            self.sums[weight] = [x.mT @ x for x in rows]
-            self.counts[weight] = [len(x) for x in rows]
+            self.sums[weight], self.counts[weight] = [product.clone() for product in products], rows
             return
         if len(found) < len(rows):
             found = self.sums[weight] = [found[0].clone() for _ in rows]
             counts = self.counts[weight] = counts * len(rows)
         for index in range(len(found)):
-            x = rows[index if len(rows) > 1 else 0]
-            found[index].addmm_(x.mT, x)
-            counts[index] += len(x)
+            own = index if len(rows) > 1 else 0
+            found[index].add_(products[own])
+            counts[index] += rows[own]
+
+    def _product(self, x: Tensor) -> Tensor:
+        """x^T x, once for layers that are called with the same x one after the other, as query, key and value are."""
+        version = -1 if x.is_inference() else x._version
+        if self.latest is not None and self.latest[0] is x and self.latest[1] == version >= 0:
+            return self.latest[2]
+        rows = x.detach().reshape(-1, x.shape[-1])
+        rows = rows.to(torch.promote_types(x.dtype, torch.float32))
+        product = rows.mT @ rows
+        self.latest = (x, version, product)
+        return product
 
     def means(self, argument: str) -> dict[str, Tensor]:
         """Name -> mean of x x^T, (n, n) or (blocks, n, n)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -205,7 +205,7 @@ class _Inputs:
             for inputs in inputs_of(task.batches, argument, device_of(self.model)):
                 if index == 0 and not calls and not self.looked:
                     self.looked = True
-                    self.follow = _follow(model, blocks, inputs)
+                    self.follow = _follow_at_all(model, blocks, inputs)
                 calls.append(_caught(model, blocks[index], inputs))
             yield calls
 
@@ -232,6 +232,14 @@ def _caught(model: WithState, block: nn.Module, inputs: Any) -> Call:
     if not found:
         raise InputError("layers: one of them is not called by the model")
     return found[0]
+
+
+def _follow_at_all(model: WithState, blocks: Sequence[nn.Module], inputs: Any) -> bool:
+    """`_follow`, found out with the first sample alone where the model takes it."""
+    if isinstance(inputs, Tensor) and inputs.ndim > 1:
+        with suppress(Exception):  # such as a batch size that the model has built in; if not, it is raised below
+            return _follow(model, blocks, inputs[:1])
+    return _follow(model, blocks, inputs)
 
 
 def _follow(model: WithState, blocks: Sequence[nn.Module], inputs: Any) -> bool:
