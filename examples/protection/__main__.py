@@ -34,6 +34,11 @@ def key_of(row: Row) -> str:
     return "/".join([str(row["seed"]), row["kind"], row["condition"], row["method"]])
 
 
+def name_of(job: str) -> str:
+    """The method in the key of a job."""
+    return job.rsplit("/", 1)[1]
+
+
 class Experiment:
     """Runs jobs, each of which is one model and its accuracies."""
 
@@ -75,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is not in the file yet, and report."""
     parser = argparse.ArgumentParser(prog="python -m protection", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="only these, named as in the table; default: all"
+    )
     parser.add_argument("--hostile", action="store_true", help="liars among the users instead")
     parser.add_argument("--results", type=Path, metavar="FILE", help="default: in out/")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="default: beside the results")
@@ -90,7 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = options.results or HERE / "out" / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     results = Results(path, protocol.identity() | {"base": world.identity()}, key=key)
-    run(kind(world).jobs(options.seeds), results, rank=rank, world=size, progress=not options.quiet and rank == 0)
+    jobs = kind(world).jobs(options.seeds)
+    if options.methods:
+        unknown = {*options.methods} - {name_of(key) for key, _ in jobs}
+        if unknown:
+            parser.error(f"argument --methods: found no {', '.join(sorted(unknown))}")
+        jobs = [job for job in jobs if name_of(job[0]) in {"individual", *options.methods}]
+    run(jobs, results, rank=rank, world=size, progress=not options.quiet and rank == 0)
     if rank == 0:
         rows = [row for row in results.rows() if row["seed"] in options.seeds]
         folder = options.figures or path.with_suffix("")

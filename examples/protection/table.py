@@ -66,15 +66,18 @@ def formatted(rows: Sequence[Row]) -> str:
         lines += ["", _line(TITLES[kind], [_heading(kind, condition) for condition in BLACK_BOX])]
         for title, group in GROUPS.items():
             of_kind = {name: method for name, method in group.items() if kind in method.kinds}
-            lines += [f"{title}:"] if title and of_kind else []
+            tried = any((kind, condition, name) in found for name in of_kind for condition in BLACK_BOX)
+            lines += [f"{title}:"] if title and tried else []
             for name, method in of_kind.items():
                 label = "  " * bool(title) + name + ("" if method.data else " (no data)")
-                cells = [cell(found.get((kind, condition, name)), seeds) for condition in BLACK_BOX]
-                lines.append(_line(label, cells))
+                of_method = [found.get((kind, condition, name)) for condition in BLACK_BOX]
+                if any(of_method):
+                    lines.append(_line(label, [cell(values, seeds) for values in of_method]))
         lines.append("differences, seed by seed:")
         for name, other in DIFFERENCES:
-            cells = [cell(_minus(found, (kind, condition, name), other), seeds) for condition in BLACK_BOX]
-            lines.append(_line(f"  {name} - {other}", cells))
+            apart = [_minus(found, (kind, condition, name), other) for condition in BLACK_BOX]
+            if any(apart):
+                lines.append(_line(f"  {name} - {other}", [cell(values, seeds) for values in apart]))
     return "\n".join(lines)
 
 

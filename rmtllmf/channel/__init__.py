@@ -11,11 +11,14 @@ powers (`channel_inversion`, `fractional_power_control`), or let users take turn
 Other cells than the default one are made of path loss (`free_space`, `log_distance`, 3GPP's `uma`, `umi`, `rma` with
 `los_probability`), `Rician` fading, correlation (`exponential_correlation`) and `Shadowing`. With the extra `sionna`,
 `sionna_uplink` draws 3GPP's channels in full, and `ldpc_encode`, `ldpc_decode` are 5G's codes.
+
+Powers are in W and ratios linear throughout; `db` and `dbm` make decibels of them, `from_db` and `from_dbm` lead back.
 """
 
 from .code import LdpcCode
 from .combining import repeat_block, stack_blocks
 from .constellation import Constellation, symbol_error_rate
+from .decibels import db, dbm, from_db, from_dbm
 from .fading import Rician, Shadowing, exponential_correlation, steering_vector
 from .imperfect import imperfect_channel
 from .jammers import barrage_covariance, strongest_user_covariance
@@ -48,10 +51,14 @@ __all__ = [
     "barrage_covariance",
     "channel_inversion",
     "covariance_of",
+    "db",
+    "dbm",
     "estimated_covariance",
     "exponential_correlation",
     "fractional_power_control",
     "free_space",
+    "from_db",
+    "from_dbm",
     "imperfect_channel",
     "ldpc_decode",
     "ldpc_encode",

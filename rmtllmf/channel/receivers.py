@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._arrays import Array, ArrayLike, Inputs, batch_shape, check_hermitian, resolution
+from .._display import counted, decibels, html_table, spread
 from ..errors import InputError, ShapeError
 from ._filters import Received, filters
 from .rate import received
@@ -53,6 +55,30 @@ class Reception:
     order: Any
     error_covariance: Any
     noise_covariance: Any
+
+    def __repr__(self) -> str:
+        shape = tuple(self.mse.shape[:-1])
+        found = [counted(self.mse.shape[-1], "user")]
+        found += [f"draws {shape}"] if shape else []
+        found += [f"MSE {spread(self.mse)}", f"SINR {decibels(self.sinr)}", f"rates {spread(self.rate, 'nats')}"]
+        return f"Reception({', '.join(found)}, {'linear' if self.order is None else 'successive'})"
+
+    def _repr_html_(self) -> str:
+        if len(self.mse.shape) > 1:
+            return f"<pre>{escape(repr(self))}</pre>"
+        turns = None if self.order is None else [int(user) for user in self.order]
+        rows = [
+            [
+                q,
+                f"{float(self.mse[q]):.3g}",
+                decibels(self.sinr[q], ""),
+                f"{float(self.rate[q]):.3g}",
+                f"{float(self.gain[q]):.3g}",
+                "" if turns is None else turns.index(q) + 1,
+            ]
+            for q in range(self.mse.shape[0])
+        ]
+        return html_table(repr(self), ["user", "MSE", "SINR (dB)", "rate (nats)", "gain", "decoded"], rows)
 
 
 def sic(

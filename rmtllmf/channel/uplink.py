@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._arrays import Array, Inputs, batch_shape, check_channel, powers
+from .._display import counted, decibels
 
 __all__ = ["Uplink"]
 
@@ -58,6 +59,14 @@ class Uplink:
         batch_shape(("H", H.shape[:-2]), ("P", P.shape[:-1]), ("noise", noise.shape))
         for name, tensor in (("H", H), ("P", P), ("noise", noise)):
             object.__setattr__(self, name, inputs.back(tensor))
+
+    def __repr__(self) -> str:
+        antennas, users = self.H.shape[-2:]
+        shape = tuple(self.H.shape[:-2])
+        found = [f"{counted(users, 'user')} at {decibels(self.P, 'dBm')}", counted(antennas, "antenna")]
+        found += [f"draws {shape}"] if shape else []
+        found += [f"noise {decibels(self.noise, 'dBm')}"]
+        return f"Uplink({', '.join(found)})"
 
     @property
     def noise_covariance(self) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._arrays import Array, ArrayLike, Inputs, batch_shape, check_channel, powers
+from .._display import counted, decibels, spread
 from ..errors import InputError
 from ._out import checked_out, fresh, is_direct
 from ._single_draw import solve_single
@@ -46,6 +47,14 @@ class WorstCase:
     sum_rate: Any
     level: Any
     iterations: int
+
+    def __repr__(self) -> str:
+        shape = tuple(self.covariance.shape[:-2])
+        power = self.covariance.diagonal(0, -2, -1).real.sum(-1)
+        found = [f"{counted(self.covariance.shape[-1], 'antenna')}, jammer {decibels(power, 'dBm')}"]
+        found += [f"draws {shape}"] if shape else []
+        found += [f"sum rate {spread(self.sum_rate, 'nats')}", counted(self.iterations, "iteration")]
+        return f"WorstCase({', '.join(found)})"
 
 
 def worst_case(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._call import WithState, check_model
+from .._display import spread
 from .._state import StateLike, Tensors, finite_number
 from .._tasks import Task, Tasks, device_of, mode, named_tasks, pairs
 from ..errors import InputError
@@ -41,6 +42,13 @@ class DisentanglementGrid:
     scales: tuple[float, ...]
     total: Tensor
     per_task: dict[str, Tensor]
+
+    def __repr__(self) -> str:
+        size = len(self.scales)
+        return (
+            f"DisentanglementGrid({' and '.join(self.per_task)}, {size} x {size} scales {spread(self.scales)}: "
+            f"total {spread(self.total)})"
+        )
 
 
 def disentanglement_grid(

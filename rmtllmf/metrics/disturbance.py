@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._call import WithState, check_model, state_of
+from .._display import counted
 from .._random import Seed, seed_number
 from .._state import StateLike, finite_number, whole_number
 from .._tasks import Head, device_of, mode, moved
@@ -55,6 +56,15 @@ class DisturbanceTest:
     predicted: Tensor
     alpha: float
     degrees: float = math.inf
+
+    def __repr__(self) -> str:
+        inputs, logits = self.rejected.shape
+        share = float(self.rejected.double().mean()) if self.rejected.numel() else math.nan
+        known = "" if math.isinf(self.degrees) else f", {self.degrees:g} degrees of freedom"
+        return (
+            f"DisturbanceTest({counted(inputs, 'input')}, {counted(logits, 'logit')}, alpha {self.alpha:g}{known}: "
+            f"{100 * share:.1f} % rejected)"
+        )
 
     @property
     def variance_error(self) -> float:

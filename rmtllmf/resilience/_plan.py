@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from .._display import counted, course
 from .._state import StateLike, finite_number, quoted, select_names, whole_number
 from .._tasks import Task, Tasks, as_tasks, device_of, logits_of, mode, pairs
 from ..errors import InputError, NonFiniteError, ShapeError
@@ -78,6 +79,13 @@ class Realignment:
     penalties: tuple[float, ...] = ()
     validation: tuple[float, ...] = ()
     kept: int | None = None
+
+    def __repr__(self) -> str:
+        kept = "" if self.kept is None else f", the model of step {self.kept} kept"
+        return (
+            f"Realignment({course(self.losses)}{kept}, {counted(len(self.trained), 'parameter')} trained, "
+            f"{self.seconds:.2g} s)"
+        )
 
 
 @dataclass(frozen=True)

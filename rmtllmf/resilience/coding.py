@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from .._arrays import Array, ArrayLike, Inputs
+from .._display import counted
 from .._state import Tensors, check_finite, check_keys, check_shapes, finite_number, whole_number
 from ..channel import Reception
 from ..errors import InputError
@@ -68,6 +69,10 @@ class Encoding:
     sent: Mapping[str, Tensor]
     bits: int
     decoder: Callable[[Tensors], Any]
+
+    def __repr__(self) -> str:
+        numbers = sum(tensor.numel() for tensor in self.sent.values() if tensor.is_floating_point())
+        return f"Encoding({counted(len(self.sent), 'tensor')}, {numbers:,} numbers, {self.bits:,} bits besides)"
 
     def decode(self, received: Tensors) -> Any:
         """The vector that received values of `sent` stand for, in the form and the dtypes of the one encoded.

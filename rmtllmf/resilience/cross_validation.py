@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from .._display import counted, spread
 from .._random import Seed, generator, seed_number
 from .._state import whole_number
 from .._tasks import Head, Task, Tasks, as_tasks, pairs
@@ -43,6 +44,13 @@ class CrossValidation:
     evaluated: tuple[int, ...]
     losses: tuple[float, ...]
     folds: tuple[tuple[float, ...], ...]
+
+    def __repr__(self) -> str:
+        least = dict(zip(self.evaluated, self.losses, strict=True))[self.steps]
+        return (
+            f"CrossValidation(steps {self.steps}, loss {least:.3g}; "
+            f"{counted(len(self.folds), 'fold')}, after 0 to {max(self.evaluated)} steps loss {spread(self.losses)})"
+        )
 
     def __index__(self) -> int:
         return self.steps

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from .._display import spread
 from .._state import StateLike, Tensors, finite_number, whole_number
 from .._tasks import Head, Tasks, as_tasks, device_of, logits_of, mode, pairs
 from ..errors import InputError, NonFiniteError, ShapeError
@@ -43,6 +44,10 @@ class ScaleSearch:
     scale: float
     losses: Mapping[float, float]
     evaluations: int
+
+    def __repr__(self) -> str:
+        found = f"scale {self.scale:.3g}, loss {self.losses[self.scale]:.3g}"
+        return f"ScaleSearch({found}; {self.evaluations} evaluated, scales {spread(list(self.losses))})"
 
 
 def search_scale(

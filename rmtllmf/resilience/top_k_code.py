@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._state import Tensors, finite_number
 from ..errors import InputError
-from ..taskvec.rules._selection import how_many
+from ..taskvec.rules._shares import how_many
 from ._form import Form
 from .coding import Encoding
 

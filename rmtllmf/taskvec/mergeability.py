@@ -10,6 +10,7 @@ from math import hypot
 import torch
 from torch import Tensor
 
+from .._display import counted
 from .._state import StateLike, as_state, check_finite, check_keys, check_shapes, whole_number, wide
 from .._threads import share_out
 from ..errors import InputError, UnmergeableWarning
@@ -77,6 +78,16 @@ class Mergeability:
 
     layers: tuple[HiddenLayer, ...]
     unchecked: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        lines = [f"Mergeability({counted(len(self.layers), 'hidden layer')}, {len(self.transformed)} not mergeable"]
+        lines[0] += f", {counted(len(self.unchecked), 'name')} unchecked)" if self.unchecked else ")"
+        for layer in self.transformed:
+            lines.append(
+                f"  {layer.kind} of {', '.join(layer.names)}: changed by {layer.change:.2f}, "
+                f"their product by {layer.product_change:.2f}"
+            )
+        return "\n".join(lines)
 
     @property
     def transformed(self) -> tuple[HiddenLayer, ...]:

@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from .._display import html_table
 from .._state import (
     StateLike,
     Tensors,
@@ -161,6 +162,16 @@ class TaskVector(Mapping[str, Tensor]):
         entries = sum(tensor.numel() for tensor in self.values())
         dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.values()}))
         return f"TaskVector({len(self)} tensors, {entries:,} entries, {dtypes})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            [name, " x ".join(map(str, tensor.shape)) or "()", str(tensor.dtype).removeprefix("torch."), tensor.device]
+            for name, tensor in self.items()
+        ]
+        hidden = max(0, len(rows) - 20)
+        if hidden:
+            rows[10:-10] = [[f"... {hidden} in between ...", "", "", ""]]
+        return html_table(repr(self), ["tensor", "shape", "dtype", "device"], rows)
 
     def __add__(self, other: Tensors) -> Self:
         return self._combined(torch.add, other)

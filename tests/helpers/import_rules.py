@@ -9,6 +9,7 @@ from pathlib import Path
 PRIVATE = (
     "errors",
     "_arrays",
+    "_display",
     "_state",
     "_random",
     "_tasks",

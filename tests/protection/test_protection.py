@@ -154,3 +154,27 @@ def test_a_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
     assert path.read_bytes() == whole
     assert "normalised accuracy" in capsys.readouterr().out
     assert json.loads(lines[1])["method"] == "individual"
+
+
+def test_some_methods_only(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "TESTBED", PROTOCOL)
+    monkeypatch.setattr(command, "Testbed", Wider)
+    path = tmp_path / "results.jsonl"
+    given = ["--results", str(path), "--cache", str(tmp_path), "--quiet", "--methods"]
+    command.main([*given, "base", "unprotected"])
+    names = [json.loads(line)["method"] for line in path.read_text().splitlines()[1:]]
+    assert names == ["individual", "base", *["unprotected"] * 6]  # the first is what accuracies are relative to
+    text = capsys.readouterr().out
+    assert "unprotected" in text
+    assert "protect, 10 shots" not in text  # nothing is said of what was not run
+    with pytest.raises(SystemExit):
+        command.main([*given, "base", "majic"])
+    assert "majic" in capsys.readouterr().err
+
+
+def test_a_line_without_any_result_is_left_out():
+    rows = [row(0, "bound", "", name, 0.9, 0.9) for name in ("individual", "clean")]
+    text = formatted([*rows, row(0, "link", next(iter(BLACK_BOX)), "signs", 0.45, 0.45)])
+    (line,) = [line for line in text.splitlines() if line.lstrip().startswith("signs (")]
+    assert line.split()[3:] == ["50.0", "-", "-"]
+    assert "power loading" not in text

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._call import WithState
+from ..._display import counted, course
 from ..._random import Seed, generator, seed_number
 from ..._state import StateLike, Tensors, finite_number, whole_number
 from ..._tasks import Tasks, mode
@@ -42,6 +43,10 @@ class ConcreteMask:
 
     mask: Mapping[str, Tensor]
     losses: tuple[float, ...]
+
+    def __repr__(self) -> str:
+        entries = sum(tensor.numel() for tensor in self.mask.values())
+        return f"ConcreteMask({counted(len(self.mask), 'tensor')}, {entries:,} entries, {course(self.losses)})"
 
 
 def concrete_mask(

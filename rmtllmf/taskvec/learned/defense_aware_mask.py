@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..._call import WithState
+from ..._display import counted, course
 from ..._random import Seed, seed_number
 from ..._state import StateLike, Tensors, finite_number, whole_number
 from ..._tasks import Task, Tasks, describe, mode
@@ -50,6 +51,10 @@ class DefenseAwareMask:
     triggers: Mapping[str, Tensor]
     losses: tuple[float, ...]
     disagreements: tuple[float, ...]
+
+    def __repr__(self) -> str:
+        entries = sum(tensor.numel() for tensor in self.mask.values())
+        return f"DefenseAwareMask({counted(len(self.mask), 'tensor')}, {entries:,} entries, {course(self.losses)})"
 
 
 def defense_aware_mask(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._call import WithState
+from ..._display import counted, spread
 from ..._random import Seed, generator, seed_number
 from ..._state import StateLike, Tensors, finite_number, whole_number
 from ..._tasks import Tasks, as_tasks, mode
@@ -62,6 +63,13 @@ class ParetoFront:
     values: Tensor
     surrogates: tuple[Quadratic, ...]
     errors: tuple[float, ...]
+
+    def __repr__(self) -> str:
+        shown = self.predicted if self.measured is None else self.measured
+        ends = ", ".join(f"{task} {spread(shown[:, t])}" for t, task in enumerate(self.tasks))
+        kind = "predicted" if self.measured is None else "measured"
+        points = f"{counted(len(self.coefficients), 'point')} from {counted(len(self.sampled), 'sample')}"
+        return f"ParetoFront({points}; {kind} {self.metric}: {ends})"
 
     def best(self, preference: Sequence[float] | None = None) -> tuple[float, ...]:
         """The coefficients on the front with the best weighted mean of the values, for the option `weights` of a rule.

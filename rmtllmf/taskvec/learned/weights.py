@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..._display import counted, course, spread
 from ..._state import Tensors
 from .._options import FusionOptions
 from ..rules.arithmetic import task_arithmetic
@@ -34,6 +35,11 @@ class LearnedWeights:
     weights: Mapping[str, tuple[float, ...]]
     losses: tuple[float, ...]
     gaps: tuple[float, ...] = ()
+
+    def __repr__(self) -> str:
+        columns = list(zip(*self.weights.values(), strict=True))
+        each = "; ".join(spread(column) for column in columns)
+        return f"LearnedWeights({counted(len(self.weights), 'tensor')}, vectors by {each}; {course(self.losses)})"
 
 
 def fused_by(learn: Callable[..., LearnedWeights], vectors: Sequence[Tensors], options: FusionOptions) -> TaskVector:

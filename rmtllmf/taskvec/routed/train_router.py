@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..._display import counted, course
 from ..._random import Seed, seed_number
 from ..._state import finite_number, whole_number
 from ..._tasks import Batches, Tasks, describe, device_of, forward, inputs_of, mode, named_tasks
@@ -67,6 +68,12 @@ class RouterTraining:
     inputs: tuple[int, ...]
     losses: tuple[float, ...]
     accuracy: float
+
+    def __repr__(self) -> str:
+        return (
+            f"RouterTraining({', '.join(self.tasks)}; {counted(sum(self.inputs), 'input')}, "
+            f"{course(self.losses, 'epoch')}, {self.accuracy:.1f} % found)"
+        )
 
 
 def train_router(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .._engine import BLOCK, Fusion
-from ._selection import Cut, _at_most, _next, largest
+from ._cut import Cut, at_most, before
+from ._selection import largest
 
 
 class Mark(NamedTuple):
@@ -20,9 +21,9 @@ class Mark(NamedTuple):
 
     def keep(self, part: Tensor, start: int, out: Tensor) -> Tensor:
         """Entries from `start` on with all others set to zero, in `out`; NaN stays NaN. May be the memory of `part`."""
-        bound = _at_most(self.threshold, part.dtype)
+        bound = at_most(self.threshold, part.dtype)
         if bound == self.threshold:
-            bound = _next(bound, part.dtype)
+            bound = before(bound, part.dtype)
         torch.ops.aten.hardshrink.out(part, max(bound, 0.0), out=out)  # keeps |x| > bound
         if self.end < start + len(out):
             surplus = out[max(self.end - start, 0) :]

@@ -11,8 +11,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -23,71 +21,15 @@ from ..._state import all_finite
 from ..._threads import share_out
 from .._engine import BLOCK, Fusion, Piece
 from .._sources import Source, Stored
+from ._cut import Cut, Place, cut_after
+from ._shares import how_many
 
 DEVIATIONS = 3.5  # standard deviations of the sample's quantile between the threshold and the ends of its bracket
 SAMPLE = 1 << 10  # entries of a sample at least; groups not much larger are collected as a whole
 RUN = 256  # consecutive entries read at once for the sample of a source that has no memory to stride through
 BATCH = 1 << 27  # entries of all vectors surveyed at once: bounds what is collected
 
-Place = tuple[str, int]  # name and first entry of a piece
 Unit = tuple[int, int]  # group of names, and vector
-
-
-@dataclass
-class Cut:
-    """What is kept of one vector: all magnitudes above `threshold`, and of those equal to it the first ones.
-
-    Attributes:
-        threshold: the smallest magnitude that is kept.
-        room: how many of the entries equal to the threshold are kept in a piece, None for all of them, and none in
-            pieces that are not named; or None: all in every piece.
-        ends: the first entry, in a piece with room for some, that finds none: known once it has been looked for.
-    """
-
-    threshold: float
-    room: dict[Place, int | None] | None
-    ends: dict[Place, int] = field(default_factory=dict)
-
-    def keep(self, vector: int, piece: Piece, block: slice, out: Tensor) -> Tensor:
-        """A block of a vector's part of `piece` with all other entries set to zero, in `out`; NaN stays NaN."""
-        part = piece.parts[vector]
-        room = None if self.room is None else self.room.get((piece.key, piece.start), 0)
-        bound = _at_most(self.threshold, part.dtype)
-        strict = room == 0 or bound < self.threshold
-        if not strict:
-            bound = _next(bound, part.dtype)
-        torch.ops.aten.hardshrink.out(part[block], max(bound, 0.0), out=out)  # keeps |x| > bound
-        if room and not strict:
-            place = (piece.key, piece.start)
-            if place not in self.ends:
-                self.ends[place] = self._end(part, room, len(out))
-            surplus = slice(max(self.ends[place] - block.start, 0), None)
-            out[surplus].masked_fill_(part[block][surplus].abs() == self.threshold, 0.0)
-        return out
-
-    def _end(self, part: Tensor, room: int, step: int) -> int:
-        """Where in `part` the entry is that equals the threshold when `room` others have."""
-        for start in range(0, len(part), step):
-            equal = part[start : start + step].abs() == self.threshold
-            if (count := int(equal.sum())) > room:
-                return start + int(equal.nonzero()[room, 0])
-            room -= count
-        return len(part)
-
-
-def floor_of(share: float, size: int) -> int:
-    """``floor(share * size)``, where a share such as 0.29 means 29/100 and not the float below it."""
-    return math.floor(Fraction(share) * size * (1 + Fraction(1, 1 << 50)))
-
-
-def ceil_of(share: float, size: int) -> int:
-    """``ceil(share * size)``, likewise."""
-    return math.ceil(Fraction(share) * size * (1 - Fraction(1, 1 << 50)))
-
-
-def how_many(density: float, size: int) -> int:
-    """``max(1, floor(density * size))``."""
-    return min(size, max(1, floor_of(density, size)))
 
 
 def largest(
@@ -317,7 +259,7 @@ def _settled(bracket: _Bracket, census: list[tuple[Place, _Census]], kept: int) 
     from_low, above_low = sum(c.from_low for _, c in census), sum(c.above_low for _, c in census)
     from_high, above_high = sum(c.from_high for _, c in census), sum(c.above_high for _, c in census)
     if above_high < kept <= from_high:
-        return _cut(bracket.high, kept - above_high, [(place, c.from_high - c.above_high) for place, c in census])
+        return cut_after(bracket.high, kept - above_high, [(place, c.from_high - c.above_high) for place, c in census])
     if from_high < kept <= above_low:
         inside = [c.inside for _, c in census if c.inside is not None]
         if len(inside) < len(census):
@@ -325,9 +267,9 @@ def _settled(bracket: _Bracket, census: list[tuple[Place, _Census]], kept: int) 
         threshold, left, equal = _among(torch.cat(inside), kept - from_high)
         if left == equal:
             return Cut(threshold, None)
-        return _cut(threshold, left, [(place, int((c.inside == threshold).sum())) for place, c in census])  # type: ignore[union-attr]
+        return cut_after(threshold, left, [(place, int((c.inside == threshold).sum())) for place, c in census])  # type: ignore[union-attr]
     if above_low < kept <= from_low:
-        return _cut(bracket.low, kept - above_low, [(place, c.from_low - c.above_low) for place, c in census])
+        return cut_after(bracket.low, kept - above_low, [(place, c.from_low - c.above_low) for place, c in census])
     return None
 
 
@@ -344,29 +286,3 @@ def _among(values: Tensor, kept: int) -> tuple[float, int, int]:
     threshold = array[place]
     larger, equal = np.count_nonzero(array[place:] > threshold), np.count_nonzero(array == threshold)
     return float(threshold), kept - int(larger), int(equal)
-
-
-def _cut(threshold: float, left: int, equal: list[tuple[Place, int]]) -> Cut:
-    """The first `left` of the entries equal to the threshold are kept; `equal` says how many each piece holds."""
-    if threshold == 0 or left == sum(count for _, count in equal):
-        return Cut(threshold, None)
-    room: dict[Place, int | None] = {}
-    for place, count in equal:
-        if left > 0 and count:
-            room[place] = left if left < count else None
-            left -= count
-    return Cut(threshold, room)
-
-
-def _at_most(value: float, dtype: torch.dtype) -> float:
-    """The largest number of `dtype` that is not above `value`."""
-    if dtype == torch.float64 or not math.isfinite(value):
-        return value
-    nearest = np.float32(value)
-    return float(nearest) if float(nearest) <= value else float(np.nextafter(nearest, np.float32(-math.inf)))
-
-
-def _next(value: float, dtype: torch.dtype) -> float:
-    """The number of `dtype` before `value`."""
-    kind = np.float64 if dtype == torch.float64 else np.float32
-    return float(np.nextafter(kind(value), kind(-math.inf)))

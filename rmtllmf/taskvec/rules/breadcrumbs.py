@@ -16,7 +16,7 @@ from .._sources import Source, sources_of
 from ..vector import TaskVector
 from ._marks import Mark, marks
 from ._pruned import Pruned, refuse_gradients
-from ._selection import floor_of
+from ._shares import floor_of
 from .arithmetic import task_arithmetic
 
 __all__ = ["breadcrumbs"]

@@ -16,7 +16,8 @@ from .._engine import Fusion, Piece
 from .._options import FusionOptions
 from .._sources import Stored
 from ..vector import TaskVector
-from ._selection import Cut, _at_most, largest
+from ._cut import Cut, at_most
+from ._selection import largest
 from ._statistics import beside, checked, listed, shares
 
 __all__ = ["led_masks", "led_merging"]
@@ -261,7 +262,7 @@ def _line(fusion: Fusion, key: str, index: int, cut: Cut) -> _Line:
     """The same as a cut, for pieces of any length, and without entries of score 0."""
     if cut.threshold <= 0:
         return _Line(0.0, 0)
-    threshold = _at_most(cut.threshold, fusion.compute[key])
+    threshold = at_most(cut.threshold, fusion.compute[key])
     if threshold < cut.threshold:  # found in a tensor of higher precision: nothing here equals it
         return _Line(threshold, 0)
     if cut.room is None:

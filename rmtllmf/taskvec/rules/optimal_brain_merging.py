@@ -14,8 +14,9 @@ from ...errors import InputError, StateMismatchError
 from .._engine import Fusion, Piece
 from .._options import FusionOptions
 from ..vector import TaskVector
+from ._cut import Cut
 from ._saliency import Saliency, in_place_of
-from ._selection import Cut, largest
+from ._selection import largest
 from ._statistics import checked, listed, shares
 
 __all__ = ["optimal_brain_merging"]

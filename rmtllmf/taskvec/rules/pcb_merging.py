@@ -16,7 +16,8 @@ from .._engine import Fusion, Piece
 from .._options import FusionOptions
 from .._sources import Source
 from ..vector import TaskVector
-from ._selection import ceil_of, floor_of, largest
+from ._selection import largest
+from ._shares import ceil_of, floor_of
 
 __all__ = ["pcb_merging"]
 

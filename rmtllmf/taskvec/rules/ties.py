@@ -14,7 +14,8 @@ from ...errors import InputError
 from .._engine import BLOCK, Fusion, Piece
 from .._options import FusionOptions
 from ..vector import TaskVector
-from ._selection import Cut, largest
+from ._cut import Cut
+from ._selection import largest
 
 __all__ = ["ties"]
 

@@ -13,7 +13,8 @@ from rmtllmf.errors import NonFiniteError
 from rmtllmf.taskvec import ties
 from rmtllmf.taskvec._engine import Fusion
 from rmtllmf.taskvec._sources import Source, Stored
-from rmtllmf.taskvec.rules._selection import how_many, largest
+from rmtllmf.taskvec.rules._selection import largest
+from rmtllmf.taskvec.rules._shares import how_many
 
 NAMES = ("a", "b", "c")
 
