@@ -249,10 +249,11 @@ def test_axes_are_returned_and_pyplot_is_left_alone(draw, tmp_path):
 
 def test_the_documentations_figures_can_be_made_again(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
-    spec = importlib.util.spec_from_file_location("documentation_figures", ROOT / "docs" / "figures.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main(["--out", str(tmp_path), "--draws", "2"])
+    for name, options in (("figures", ["--draws", "2"]), ("chain", [])):
+        spec = importlib.util.spec_from_file_location(f"documentation_{name}", ROOT / "docs" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.main(["--out", str(tmp_path), *options])
     shipped = {picture.name for picture in (ROOT / "docs" / "_static").glob("*.png")} - {"quickstart.png"}
     assert {picture.name for picture in tmp_path.iterdir()} == shipped
     lines = capsys.readouterr().out.splitlines()

@@ -100,6 +100,6 @@ def gram(rows: list[Tensor]) -> Tensor:
 
 
 def score(value: Tensor, error: Tensor) -> Tensor:
-    """In errors; where there is none all that is above 0 is certain."""
-    certain = torch.where(value > 0, torch.inf, 0.0).to(value.dtype)
+    """In errors; where there is none the sign is certain."""
+    certain = torch.where(value == 0, 0.0, value.sign() * torch.inf)
     return torch.where(error > 0, value / error.where(error > 0, torch.ones((), dtype=error.dtype)), certain)
