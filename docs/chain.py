@@ -38,7 +38,7 @@ def chain() -> Figure:
     ax.set(xlim=(-1.2, 14.2), ylim=(-2.1, 2.1), aspect="equal")
     ax.axis("off")
     for y, name in ((1.1, "user 1"), (0.0, "user 2"), (-1.1, "user Q")):
-        box(ax, 0.0, y, f"{name}: fine-tuned\n− base = task vector", BLUE)
+        box(ax, 0.0, y, f"{name}: fine-tuned\n$-$ base = task vector", BLUE)
         arrow(ax, (1.03, y), (2.47, 0.35 * y))
     ax.text(0.0, -0.55, "⋮", ha="center", va="center", fontsize=10)
     box(ax, 3.5, 0.0, "uplink\n$y = H P^{1/2} s + z$", ORANGE)

@@ -22,7 +22,7 @@ RUNTIME = {
     "tqdm",
     "typing-extensions",
 }
-EXTRAS = {"plot", "sionna", "examples", "test", "peers", "docs", "dev"}
+EXTRAS = {"plot", "sionna", "examples", "test", "plugins", "peers", "docs", "dev"}
 
 
 def requirements():

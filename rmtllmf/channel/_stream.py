@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._sharded import is_sharded
 from .._state import Tensors, all_finite, as_vectors, identity, is_bendable
 from ..errors import InputError, NonFiniteError
 
@@ -31,6 +32,11 @@ class Stream:
         if isinstance(vectors, Iterator | ValuesView):  # they are gone through twice
             vectors = list(vectors)
         states = as_vectors(vectors, "vectors")
+        spread = next((key for state in states for key, tensor in state.items() if is_sharded(tensor)), None)
+        if spread is not None:
+            raise InputError(
+                f"vectors: {spread!r} is a DTensor, and the channel needs whole vectors; send tensor.full_tensor()"
+            )
         keys, alias = _what_is_sent(states)
         if not keys:
             raise InputError("vectors: hold no floating-point entries, so there is nothing to send")

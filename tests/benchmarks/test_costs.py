@@ -21,17 +21,24 @@ def measured(name):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def lines():
+    steps = cost_of_rule.STEPS
+    for title, unit, rules in (
+        ("from the vectors", "times task arithmetic", cost_of_rule.FROM_VECTORS),
+        (f"with batches, {steps} steps", "times a training step", cost_of_rule.LEARNED),
+    ):
+        yield f"{title:28s}{unit:>24s}{'memory, in vectors':>22s}"
+        for name in rules:
+            cost = measured(name)
+            yield f"{name:28s}{cost['seconds'] / cost['unit']:24.1f}{cost['memory']:22.1f}"
+
+
 def test_costs():
-    lines = [f"{'from the vectors':28s}{'times task arithmetic':>24s}{'memory, in vectors':>22s}"]
-    for name in cost_of_rule.FROM_VECTORS:
-        cost = measured(name)
-        lines.append(f"{name:28s}{cost['seconds'] / cost['unit']:24.1f}{cost['memory']:22.1f}")
-    unit = f"training steps, of {cost_of_rule.STEPS}"
-    lines += ["", f"{'with model and batches':28s}{unit:>24s}{'memory, in vectors':>22s}"]
-    for name in cost_of_rule.LEARNED:
-        cost = measured(name)
-        lines.append(f"{name:28s}{cost['seconds'] / cost['unit']:24.1f}{cost['memory']:22.1f}")
-    text = "\n".join(lines)
-    print("\n" + text)
+    found = []
+    print()
+    for line in lines():
+        print(line, flush=True)
+        found.append(line)
+    text = "\n".join(found)
     if "RMTLLMF_BENCH_TABLE" in os.environ:
         Path(os.environ["RMTLLMF_BENCH_TABLE"]).write_text(text + "\n")

@@ -103,7 +103,7 @@ FROM_VECTORS = {
     "wudi": plain("wudi"),
     "opcm": plain("opcm"),
     "do_merging": plain("do_merging"),
-    "doge": plain("doge"),
+    "doge, 20 steps": plain("doge", steps=20),  # of 400: it goes on as it begins
     "led_merging": lambda w: lambda: tv.led_merging(w.vectors, w.squares, w.squares, 0.3),
     "fisher": with_squares("fisher"),
     "fisher_grafting": with_squares("fisher_grafting"),

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import rmtllmf.taskvec._engine as engine
 from helpers.fusion_rules import ROWS
+from rmtllmf.channel import transmit, transmit_sum
 from rmtllmf.errors import InputError, NonFiniteError, StateMismatchError
 from rmtllmf.taskvec import TaskVector, fuse, iso_c, task_arithmetic
 from rmtllmf.taskvec.fuse import is_ours
@@ -90,6 +91,13 @@ def check_errors(mesh):
     partial = {"w": DTensor.from_local(torch.ones(2), mesh, [Partial()])}
     with pytest.raises(InputError, match="sum not yet taken"):
         task_arithmetic([partial])
+
+
+def check_the_channel_asks_for_whole_vectors(mesh):
+    parts = [spread(vector, mesh) for vector in vectors(2)]
+    for send in (transmit, transmit_sum):
+        with pytest.raises(InputError, match=r"is a DTensor.*full_tensor"):
+            send(parts, 0.1, seed=0)
 
 
 def check_layouts(mesh):
@@ -174,6 +182,7 @@ def main():
     check_rules(mesh)
     check_vectors(mesh)
     check_errors(mesh)
+    check_the_channel_asks_for_whole_vectors(mesh)
     check_layouts(mesh)
     check_failing_together(mesh)
     check_gradients_and_ties(mesh)
