@@ -13,16 +13,28 @@ copyright = "rmtllmf developers"
 version = release = rmtllmf.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
 exclude_patterns = ["_build"]
-source_suffix = {".md": "markdown"}
+source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+
+# The tutorials are the notebooks of the examples, with the outputs that they are kept with: nothing is executed here.
+# They are copied to where Sphinx looks for pages, and only if they have changed, so that it does not read them anew.
+nb_execution_mode = "off"
+nb_merge_streams = True
+DOCS = Path(__file__).resolve().parent
+for notebook in (DOCS.parent / "examples" / "notebooks").glob("*.ipynb"):
+    # links are written for where the notebooks are
+    page = notebook.read_text(encoding="utf-8").replace("](../../docs/", "](../")
+    shown = DOCS / "tutorials" / notebook.name
+    if not shown.exists() or shown.read_text(encoding="utf-8") != page:
+        shown.write_text(page, encoding="utf-8")
 
 autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"

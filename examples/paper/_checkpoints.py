@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from rmtllmf._safetensors import TensorFile
+from rmtllmf._untrusted import brief, naming, parsed
 from rmtllmf.errors import InputError
 
 NAME = "checkpoint.safetensors"
@@ -95,7 +96,7 @@ def write(folder: Path, run: Mapping[str, Any], steps: int, tensors: Mapping[str
     text += b" " * (-len(text) % 8)
     part = folder / _PART
     try:
-        with open(part, "wb") as file:
+        with naming(part), open(part, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for name in names:
                 file.write(_memory(tensors[name]))
@@ -115,18 +116,22 @@ def read(folder: Path, run: Mapping[str, Any]) -> Checkpoint | None:
         return None
     instead = "pass another folder, or remove the file to start again"
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            note = json.loads((file.metadata() or {}).get("finetune", "null"))
-            if not isinstance(note, dict) or note.get("version") != _VERSION:
-                raise InputError(f"checkpoint: {str(path)!r} was not written by this function; {instead}")
-            found, steps = dict(note["run"]), int(note["steps"])
-            names = [name for name in {**found, **run} if found.get(name) != run.get(name)]
-            if names:
-                differing = "; ".join(f"{name} was {found.get(name)!r}, now {run.get(name)!r}" for name in names)
-                raise InputError(f"checkpoint: {str(path)!r} is of another run: {differing}; {instead}")
-            return Checkpoint(steps, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
-    except (SafetensorError, json.JSONDecodeError) as error:
+        file = TensorFile(path, "checkpoint")
+        note = parsed(file.metadata.get("finetune", "null"), "its metadata are no JSON")
+        tensors = dict(file)
+        file.close()
+    except InputError as error:
         raise InputError(f"checkpoint: {str(path)!r} is damaged ({error}); {instead}") from None
+    if not isinstance(note, dict) or note.get("version") != _VERSION:
+        raise InputError(f"checkpoint: {str(path)!r} was not written by this function; {instead}")
+    found, steps = note.get("run"), note.get("steps")
+    if not isinstance(found, dict) or type(steps) is not int or steps < 0:
+        raise InputError(f"checkpoint: {str(path)!r} is damaged (its metadata say {brief(note)}); {instead}")
+    names = [name for name in {**found, **run} if found.get(name) != run.get(name)]
+    if names:
+        differing = "; ".join(f"{name} was {brief(found.get(name))}, now {run.get(name)!r}" for name in names)
+        raise InputError(f"checkpoint: {str(path)!r} is of another run: {differing}; {instead}")
+    return Checkpoint(steps, tensors)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -160,7 +165,7 @@ def tensors_of(module: nn.Module, optimizer: torch.optim.Optimizer | None, *, ke
 def put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """The module takes the values of `tensors_of`."""
     for name, target in _state(module).items():
-        target.copy_(tensors[f"model.{name}"])
+        target.copy_(_fitting(tensors.get(f"model.{name}"), f"model.{name}", target))
 
 
 def put_moments(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -170,6 +175,7 @@ def put_moments(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Ma
             found = tensors.get(f"adamw.{what}.{name}")
             if found is None:  # frozen, or not used by the encoder
                 continue
+            _fitting(found, f"adamw.{what}.{name}", torch.empty(()) if what == "step" else parameter)
             if what != "step" and hasattr(parameter, "full_tensor"):
                 from torch.distributed.tensor import distribute_tensor
 
@@ -177,6 +183,14 @@ def put_moments(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Ma
             else:
                 value = found.clone() if what == "step" else torch.empty_like(parameter).copy_(found)
             optimizer.state[parameter][what] = value
+
+
+def _fitting(found: Tensor | None, name: str, target: Tensor) -> Tensor:
+    """An error unless it has the shape of the tensor whose place it takes: it would be repeated in silence."""
+    if found is None or found.shape != target.shape:
+        shape = None if found is None else tuple(found.shape)
+        raise InputError(f"checkpoint: {name!r} has the shape {shape}; expected {tuple(target.shape)}")
+    return found
 
 
 def _memory(tensor: Tensor) -> memoryview:

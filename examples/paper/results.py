@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,8 +124,11 @@ class Results:
     def _open(self, flags: int) -> Iterator[int]:
         """The file, opened anew and locked: against those who write, and to write against all."""
         with self._mutex:
-            file = os.open(self.path, flags | getattr(os, "O_BINARY", 0), 0o666)
+            # a pipe would wait for somebody at its other end
+            file = os.open(self.path, flags | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
             try:
+                if not stat.S_ISREG(os.fstat(file).st_mode):
+                    raise ResultsError(f"{str(self.path)!r} is no regular file")
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_SH if flags == os.O_RDONLY else fcntl.LOCK_EX)
                 status = os.fstat(file)
@@ -147,11 +151,13 @@ class Results:
 
     def _check_header(self, line: bytes) -> None:
         found: dict[str, Any] = {}
+        there: dict[tuple[str, ...], str] = {}
         with suppress(ValueError, RecursionError):
             found = _loads(line)
+            there = _flat(found.get("protocol"))
         if found.keys() != {"format", "protocol"} or repr(found["format"]) != repr(FORMAT):
             raise ResultsError(f"{str(self.path)!r} is no file of results of format {FORMAT}: it begins {line[:60]!r}")
-        expected, there = (_flat(each["protocol"]) for each in (json.loads(self._header), found))
+        expected = _flat(json.loads(self._header)["protocol"])
         different = (
             f"{'.'.join(field)}: expected {expected.get(field, 'nothing')}, found {there.get(field, 'nothing')}"
             for field in expected | there

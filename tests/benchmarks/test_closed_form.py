@@ -2,7 +2,8 @@
 
 Run with ``python -m pytest tests/benchmarks/test_closed_form.py -s`` where fusion_bench is installed. Two threads;
 RMTLLMF_BENCH_TASKS (4) towers of ViT-B/16's matrices, of which RMTLLMF_BENCH_BLOCKS (1; the model has 12) blocks are
-taken and RMTLLMF_BENCH_REPETITIONS (3) medians made. Ratios are printed; values are asserted.
+taken and RMTLLMF_BENCH_REPETITIONS (3) medians made; for RegMean++ three whole layers of RMTLLMF_BENCH_WIDTH (384).
+Ratios are printed; values are asserted.
 """
 
 import os
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("two_threads")
 
 TASKS = int(os.environ.get("RMTLLMF_BENCH_TASKS", 4))
 BLOCKS = int(os.environ.get("RMTLLMF_BENCH_BLOCKS", 1))
+WIDTH = int(os.environ.get("RMTLLMF_BENCH_WIDTH", 384))
 REPETITIONS = int(os.environ.get("RMTLLMF_BENCH_REPETITIONS", 3))
 
 
@@ -149,7 +151,7 @@ def test_regmean_plus_plus():
     peer = pytest.importorskip("fusion_bench.method.regmean_plusplus.clip_regmean_plusplus")
     rules = pytest.importorskip("fusion_bench.method.regmean_plusplus.regmean_plusplus")
     torch.manual_seed(0)
-    base, tuned = Tower(128, 3), [Tower(128, 3) for _ in range(TASKS)]
+    base, tuned = Tower(WIDTH, 3), [Tower(WIDTH, 3) for _ in range(TASKS)]
     for model in tuned:  # close to the base, as fine-tuned models are
         for key, tensor in model.state_dict().items():
             tensor.copy_(base.state_dict()[key] + 0.1 * tensor)
@@ -165,7 +167,7 @@ def test_regmean_plus_plus():
         weight, bias = (state[k] + merged[k] for k in ("embed.weight", "embed.bias"))
         inputs = {name: [nn.functional.linear(x, weight, bias) for x in batches] for name, batches in tasks.items()}
         for index in range(3):
-            layer, grams = Layer(128), []
+            layer, grams = Layer(WIDTH), []
             for name, model in zip(tasks, tuned, strict=True):
                 own = model.layers[index]
                 linears = {key: module for key, module in own.named_modules() if isinstance(module, nn.Linear)}
