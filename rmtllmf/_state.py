@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._safetensors import load
 from ._sharded import full, is_sharded, largest_of_all, local
 from .errors import InputError, NonFiniteError, ShapeError, StateMismatchError
 
@@ -25,16 +26,14 @@ RUNNING_STATISTICS = ("running_mean", "running_var")
 
 
 def as_state(source: StateLike, argument: str) -> dict[str, Tensor]:
-    """A plain dict from a module, a state dict or the path of a safetensors file; no tensor is copied."""
+    """A plain dict from a module, a state dict (no tensor is copied) or the path of a safetensors file."""
     if isinstance(source, nn.Module):
         # what modules put into their state dict beside tensors (get_extra_state) is theirs to keep
         return {key: value for key, value in source.state_dict().items() if isinstance(value, Tensor)}
     if isinstance(source, str | os.PathLike):
         if not os.fspath(source).endswith(".safetensors"):
             raise InputError(f"{argument}: expected the path of a .safetensors file, got {os.fspath(source)!r}")
-        from safetensors.torch import load_file
-
-        return dict(load_file(source))
+        return load(source, argument)
     if not isinstance(source, Mapping):
         raise TypeError(
             f"{argument}: expected a torch.nn.Module, a mapping of name -> tensor or the path of a safetensors "
@@ -103,7 +102,7 @@ def check_finite(state: Tensors, argument: str) -> None:
     """Raise `NonFiniteError` naming the first tensor that holds NaN or infinity."""
     for key, value in state.items():
         if value.is_floating_point() and not all_finite(value):
-            count = int((~torch.isfinite(value)).sum())
+            count = int((~torch.isfinite(wide(value))).sum())
             raise NonFiniteError(f"{argument}[{key!r}] holds {count} non-finite entries; expected finite numbers")
 
 
@@ -115,6 +114,26 @@ def all_finite(tensor: Tensor) -> bool:
             return True
     low, high = extrema(tensor)
     return math.isfinite(low) and math.isfinite(high)
+
+
+def overflows(wider: Tensor, narrow: Tensor) -> bool:
+    """Whether something finite became infinite in the narrower dtype; what was infinite before may stay so."""
+    wider = wide(wider.detach())
+    if narrow.dtype == torch.float8_e4m3fn:  # has no infinity: torch takes the largest number instead
+        low, high = extrema(wider)
+        if max(-low, high) <= 464:  # what is larger would be rounded to more than 448
+            return False
+        lost = torch.isfinite(wider) & (wider.abs() > 464)
+    elif all_finite(narrow):
+        return False
+    else:
+        lost = torch.isfinite(wider) & ~torch.isfinite(wide(narrow))
+    return bool(full(lost).any())
+
+
+def unclipped(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor`, ready for a dtype: NaN where a dtype without infinity would take its largest number instead."""
+    return torch.where(tensor.abs() > 464, torch.nan, tensor) if dtype == torch.float8_e4m3fn else tensor
 
 
 def extrema(tensor: Tensor) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._arrays import ArrayLike
 from .._coefficients import CHUNK
 from .._random import Seed, reseed, seed_number
-from .._state import Tensors
+from .._state import Tensors, unclipped
 from .._threads import share_out
 from ..errors import InputError
 from ._link import Link, checked_estimator, is_followed, link_of
@@ -147,11 +147,11 @@ def _received(sent: Tensor, gain: Tensor | None, error: Tensor | None, into: Ten
     if gain is not None:
         sent = sent * gain.to(dtype)
     if error is None:
-        into.copy_(sent)
+        into.copy_(unclipped(sent, into.dtype))
     elif into.dtype == dtype:
         torch.add(sent, error, out=into)
     else:
-        into.copy_(error.add_(sent))
+        into.copy_(unclipped(error.add_(sent), into.dtype))
 
 
 def _traced(stream: Stream, flat: Flat, link: Link, scale_of: Scales, seed: int) -> list[dict[str, Tensor]]:
@@ -177,7 +177,7 @@ def _traced(stream: Stream, flat: Flat, link: Link, scale_of: Scales, seed: int)
                         kept = kept * gain.to(dtype)
                     if error is not None:
                         kept = kept + error[cut] * scale_of[q][key]
-                    into[q][key][where] = kept
+                    into[q][key][where] = unclipped(kept, into[q][key].dtype)
     return into
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._arrays import ArrayLike
 from .._coefficients import CHUNK
 from .._random import Seed, seed_number
-from .._state import Tensors, all_finite, finite_number
+from .._state import Tensors, all_finite, finite_number, unclipped
 from .._threads import share_out
 from ..errors import InputError, NonFiniteError, ShapeError
 from ._link import Link, checked_estimator, is_followed, link_of
@@ -188,7 +188,7 @@ def _add_noise(
                     if error is not None:
                         torch.add(part, error[cut], out=part)
                     if place.dtype != part.dtype:
-                        place.copy_(part)
+                        place.copy_(unclipped(part, place.dtype))
                     if not all_finite(place):
                         raise NonFiniteError(f"the sum of {key!r} overflows {place.dtype}")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -73,7 +74,7 @@ def load(
         device, precision, image_size, cache_dir: as in ``open_clip.create_model_and_transforms``; None: its default.
 
     Raises:
-        InputError: an unknown name, or a `pretrained` that is neither a tag of this model nor a file.
+        InputError: an unknown name, or a `pretrained` that is neither a tag of this model nor a file of its weights.
         ImportError: open_clip or torchvision cannot be imported, or open_clip is too old to load weights safely.
 
     Source: Ilharco et al., "OpenCLIP", 2021, https://doi.org/10.5281/zenodo.5143773.
@@ -98,15 +99,23 @@ def load(
             f"rmtllmf.clip.load: open_clip {getattr(open_clip, '__version__', '')} would unpickle the weights; "
             "install a newer one: pip install -U open_clip_torch"
         )
-    model, train_transform, transform = open_clip.create_model_and_transforms(
-        name,
-        pretrained=weights,
-        device=device,
-        precision=precision,
-        force_image_size=image_size,
-        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-        **options,
-    )
+    try:
+        with _weights_only():
+            model, train_transform, transform = open_clip.create_model_and_transforms(
+                name,
+                pretrained=weights,
+                device=device,
+                precision=precision,
+                force_image_size=image_size,
+                cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+                **options,
+            )
+    except Exception as error:  # whatever it, or torch, makes of what is in a file
+        if weights is None or not Path(weights).is_file():
+            raise
+        raise InputError(
+            f"pretrained: {weights!r} cannot be loaded as the weights of {name!r} ({type(error).__name__}: {error})"
+        ) from error
     return OpenClip(name, model, train_transform, transform)
 
 
@@ -239,6 +248,23 @@ def _open_clip() -> ModuleType:
             f"rmtllmf.clip needs open_clip and a torchvision that fits torch {torch.__version__}, but importing them "
             f"failed ({reason}); install a matching set: pip install -U torch torchvision open_clip_torch"
         ) from error
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """Meanwhile nothing is unpickled, whoever calls ``torch.load``.
+
+    open_clip calls it once more, without asking for that, where a file makes the first call fail with a TypeError; and
+    torch up to 2.5 unpickles unless it is asked not to.
+    """
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[names[0]]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def _check_name(open_clip: ModuleType, name: str, weights: str | None) -> None:

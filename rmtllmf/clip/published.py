@@ -8,7 +8,6 @@ With them, the paper's experiment starts without fine-tuning::
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import warnings
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .._state import StateLike, Tensors, as_state, check_finite, check_keys, check_shapes, quoted, select_names
+from .._untrusted import brief, read_json
 from ..errors import InputError, RmtllmfWarning, StateMismatchError
 from ..taskvec._checkpoint import Checkpoint
 from .hugging_face import checked_tower, converted, copied
@@ -139,7 +139,7 @@ def load_finetuned(
         _check_config(path / "config.json", expected, base if isinstance(base, nn.Module) else None, label)
     checkpoint = Checkpoint(path, label)
     try:
-        theirs = {name: checkpoint.whole(name, spec.dtype) for name, spec in checkpoint.specs.items()}
+        theirs = dict(checkpoint.items())
     finally:
         checkpoint.close()
     tuned = converted(theirs, label, drop_text_tower)
@@ -220,14 +220,13 @@ def _downloaded(name: str, cache_dir: str | os.PathLike[str] | None, revision: s
 
 def _check_config(path: Path, base: Tensors, tower: nn.Module | None, label: str) -> None:
     """Raise if a ``config.json`` says something that the base is not."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config.get("model_type")
-        vision = dict(config["vision_config"] if kind == "clip" else config)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{label}: its config.json is no configuration of a model") from None
+    config = read_json(path, label, inside=path.parent)
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    vision = config.get("vision_config") if kind == "clip" else config
+    if not isinstance(vision, dict):
+        raise InputError(f"{label}: its config.json is no configuration of a model")
     if kind not in ("clip", "clip_vision_model"):
-        raise InputError(f"{label}: its model_type is {kind!r}; expected 'clip_vision_model' or 'clip'")
+        raise InputError(f"{label}: its model_type is {brief(kind)}; expected 'clip_vision_model' or 'clip'")
     vision = {name: _single(value) for name, value in vision.items()}
     patch, grid = base["conv1.weight"].shape[-1], isqrt(max(base["positional_embedding"].shape[0] - 1, 0))
     if isinstance(size := vision.get("image_size"), int) and patch and size // patch == grid:
@@ -247,7 +246,7 @@ def _check_config(path: Path, base: Tensors, tower: nn.Module | None, label: str
     for name, value in has.items():
         if name in vision and vision[name] != value:
             raise StateMismatchError(
-                f"{label}: its config.json has {name} {vision[name]!r}; the base has {value!r}"
+                f"{label}: its config.json has {name} {brief(vision[name])}; the base has {value!r}"
                 + ("; load the base as 'ViT-B-16-quickgelu', for example" * (vision[name] == "quick_gelu"))
             )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._random import Seed, generator, seed_number
-from .._state import Tensors, finite_number, inner_product, whole_number
+from .._state import Tensors, finite_number, inner_product, unclipped, whole_number
 from ..channel._stream import Stream
 from ..errors import InputError
 
@@ -168,7 +168,8 @@ def _changed(source: Tensors | Stream, change: Callable[[str, Tensor], Tensor]) 
     """The vector with ``change(name, flat entries)`` in place of every parameter, calculated in float32 at least."""
     stream = source if isinstance(source, Stream) else _stream(source)
     flat = {key: part.detach() for key, part in stream.flat()[0].items()}
-    return stream.rebuilt([{key: change(key, part.to(_wide(part))).to(part.dtype) for key, part in flat.items()}])[0]
+    made = {key: unclipped(change(key, part.to(_wide(part))), part.dtype) for key, part in flat.items()}
+    return stream.rebuilt([{key: made[key].to(part.dtype) for key, part in flat.items()}])[0]
 
 
 def _stream(vector: Tensors) -> Stream:

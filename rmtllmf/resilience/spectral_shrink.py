@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._arrays import ArrayLike
-from .._state import Tensors, all_finite, select_names
+from .._state import Tensors, all_finite, select_names, unclipped
 from .._threads import share_out
 from ..channel import Reception
 from ..channel._link import is_followed
@@ -170,7 +170,7 @@ def _unbiased(known: KnownNoise, key: str, q: int, flat: Tensor) -> Tensor:
 
 
 def _stored(estimate: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    stored = estimate.reshape(-1).to(dtype)
+    stored = unclipped(estimate.reshape(-1), dtype).to(dtype)
     if not all_finite(stored):
         raise NonFiniteError(f"{name}: the estimate overflows {dtype}")
     return stored

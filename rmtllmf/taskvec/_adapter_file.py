@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -13,14 +12,17 @@ import torch
 from torch import Tensor
 
 from .._state import quoted
+from .._untrusted import brief, read_json
 from ..errors import InputError, ShapeError, StateMismatchError
 from ._adapter_parts import AdapterVector, BaseModel, Part, StoredFile, combined, reader
+from ._adapter_patterns import Patterns
 from ._sources import Spec
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
-    r"(?:\.(?P<adapter>(?!weight$|bias$).+?))??(?:\.(?P<last>weight|bias))?$"
+    r"(?:\.(?P<adapter>(?!weight$|bias$).+?))??(?:\.(?P<last>weight|bias))?$",
+    re.DOTALL,  # else a line break at the end has every beginning tried in vain
 )
 COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.)")  # of a module that is trained as a whole
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # that leave the base as it was
@@ -40,17 +42,22 @@ ELSE = "load it with PEFT and pass the PeftModel, or merge it there and use Task
 def from_file(path: str, prefix: str, adapter_name: str | None, base: BaseModel | None) -> AdapterVector:
     """What `adapter_vector` returns for a path."""
     folder, label = _folder(path, adapter_name), f"adapter {path!r}"
-    config = _config(folder, label)
-    weights = StoredFile(os.path.join(folder, WEIGHTS))
+    config, weights = _read(folder, label)
     factors, replaced = _sorted_out(weights, prefix, adapter_name, label)
     if config.get("modules_to_save"):  # with bias="all" PEFT also writes the biases of the copy and of the original
         again = {key for key in replaced if (own := COPY.sub("", key)) != key and own in replaced}
         replaced = {key: name for key, name in replaced.items() if key not in again}
     if not factors and not replaced:
         raise InputError(f"{label}: {WEIGHTS} holds no tensors")
+    ranks, alphas = (
+        Patterns(config.get(option) or {}, factors, f"{label}: {option} in {CONFIG}")
+        for option in ("rank_pattern", "alpha_pattern")
+    )
     parts: dict[str, list[Part]] = {}
     for module, found in factors.items():
-        for key, part in _module_parts(module, found, weights, config, base, label):
+        rank, alpha = ranks.value(module, config.get("r")), alphas.value(module, config.get("lora_alpha"))
+        scale = _scale(module, rank, alpha, config, label)
+        for key, part in _module_parts(module, found, weights, rank, scale, config, base, label):
             parts.setdefault(key, []).append(part)
     return combined(parts, {key: (weights.specs[k], reader(weights, k)) for key, k in replaced.items()}, base, label)
 
@@ -59,7 +66,7 @@ def check_config(config: Mapping[str, Any], label: str) -> None:
     """Raise for a start that changes the base model: what is trained is then no difference from it."""
     start = config.get("init_lora_weights")
     if start not in HARMLESS_STARTS or config.get("kasa_config"):
-        what = "kasa_config" if config.get("kasa_config") else f"init_lora_weights={start!r}"
+        what = "kasa_config" if config.get("kasa_config") else f"init_lora_weights={brief(start)}"
         raise InputError(
             f"{label}: {what} changes the base model, so that the factors are no difference from "
             "it; save it with path_initial_model_for_weight_conversion (PEFT converts it to plain LoRA), or merge it "
@@ -83,17 +90,25 @@ def _folder(path: str, adapter_name: str | None) -> str:
     return folder
 
 
+def _read(folder: str, label: str) -> tuple[dict[str, Any], StoredFile]:
+    """The two files, of one folder: it may be replaced meanwhile."""
+    for _ in range(100):
+        before = os.stat(folder)
+        config = _config(folder, label)
+        weights = StoredFile(os.path.join(folder, WEIGHTS), label, inside=folder)
+        if os.path.samestat(before, os.stat(folder)):
+            return config, weights
+        weights.close()
+    raise InputError(f"{label}: the folder is replaced whenever it is read; expected one that stays for a moment")
+
+
 def _config(folder: str, label: str) -> dict[str, Any]:
     """The configuration, of a LoRA adapter whose update is the product of its factors (DoRA: and the base)."""
-    with open(os.path.join(folder, CONFIG), encoding="utf-8") as file:
-        try:
-            config = json.load(file)
-        except ValueError as error:
-            raise InputError(f"{label}: {CONFIG} is no JSON ({error})") from None
+    config = read_json(os.path.join(folder, CONFIG), label, inside=folder)
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise InputError(
-            f"{label}: peft_type is {kind!r}; from a file only 'LORA' gives a task vector. If this kind changes "
+            f"{label}: peft_type is {brief(kind)}; from a file only 'LORA' gives a task vector. If this kind changes "
             f"weights (prompt tuning does not), {ELSE}"
         )
     if not os.path.isfile(os.path.join(folder, WEIGHTS)):
@@ -107,15 +122,6 @@ def _config(folder: str, label: str) -> dict[str, Any]:
         if config.get(option):
             raise InputError(f"{label}: {option} is set, which {why}; {ELSE}")
     check_config(config, label)
-    for option in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(option) or {}
-        if not isinstance(patterns, dict):
-            raise InputError(f"{label}: {option} in {CONFIG} is {patterns!r}; expected patterns and their numbers")
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise InputError(f"{label}: {option} in {CONFIG} holds {pattern!r}, no pattern ({error})") from None
     return config
 
 
@@ -157,21 +163,25 @@ def _sorted_out(
     return factors, replaced
 
 
-def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module's name, from a dot on.
-
-    The first in the file, which PEFT writes sorted: that is what it loads, too.
-    """
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _scale(module: str, rank: object, alpha: Any, config: Mapping[str, Any], label: str) -> float:
+    """What the product of the factors is multiplied by."""
+    if type(rank) is not int or rank < 1:
+        raise InputError(
+            f"{label}: the rank (r) of {module!r} is {brief(rank)} in {CONFIG}; expected an int of at least 1"
+        )
+    if type(alpha) not in (int, float) or not abs(alpha) <= torch.finfo(torch.float32).max:
+        raise InputError(
+            f"{label}: the lora_alpha of {module!r} is {brief(alpha)} in {CONFIG}; expected a finite number"
+        )
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def _module_parts(
     module: str,
     found: Mapping[str, str],
     weights: StoredFile,
+    rank: int,
+    scale: float,
     config: Mapping[str, Any],
     base: BaseModel | None,
     label: str,
@@ -188,12 +198,6 @@ def _module_parts(
             raise InputError(f"{label}: {name} of {module!r} is {weights.specs[key].dtype}; expected floating point")
     file_A, file_B = found[names[0]], found[names[1]]
     A, B = weights.specs[file_A], weights.specs[file_B]
-    rank = pattern_value(config.get("rank_pattern"), module, config.get("r"))
-    alpha = pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    if type(rank) is not int or rank < 1:
-        raise InputError(f"{label}: the rank (r) of {module!r} is {rank!r} in {CONFIG}; expected an int of at least 1")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise InputError(f"{label}: the lora_alpha of {module!r} is {alpha!r} in {CONFIG}; expected a finite number")
     if len(A.shape) < 2 or len(B.shape) < 2 or A.shape[0] != rank or B.shape[1] != rank:
         raise ShapeError(
             f"{label}: {module!r} has factors A {A.shape} and B {B.shape}; expected the rank {rank} of {CONFIG} "
@@ -202,7 +206,6 @@ def _module_parts(
     if len(B.shape) != len(A.shape) or any(width != 1 for width in B.shape[2:]):
         want = (B.shape[0], rank, *(1 for _ in A.shape[2:]))
         raise ShapeError(f"{label}: {module!r} has factors A {A.shape} and B {B.shape}; expected B {want}")
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     shape = (B.shape[0], *A.shape[1:])
     key = f"{module}.weight"
     transposed = embedding or (len(shape) == 2 and _transposed(module, key, shape, config, base))

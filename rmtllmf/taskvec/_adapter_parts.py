@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, ItemsView, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .._safetensors import TensorFile
 from .._state import StateLike, as_state, identity, is_bendable, quoted
 from ..errors import InputError, StateMismatchError
 from ._sources import Source, Spec
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Read = Callable[[torch.dtype], Tensor]
 
 
@@ -76,40 +75,12 @@ class AdapterVector(Lazy):
         return f"<task vector of {self.label}: {len(self)} tensors, made when they are read>"
 
 
-class StoredFile(Mapping[str, Tensor]):
+class StoredFile(TensorFile):
     """The tensors of a safetensors file, each read when it is asked for; shapes and dtypes without reading."""
 
-    def __init__(self, path: str) -> None:
-        from safetensors import SafetensorError
-
-        self.path = path
-        self._local = threading.local()
-        try:
-            names = list(self._file().keys())
-        except SafetensorError as error:
-            raise InputError(f"{path!r} is no safetensors file ({error})") from None
-        self.specs: dict[str, Spec] = {}
-        for key in names:
-            piece = self._file().get_slice(key)
-            dtype = DTYPES.get(piece.get_dtype())
-            dtype = self._file().get_tensor(key).dtype if dtype is None else dtype
-            self.specs[key] = Spec(tuple(piece.get_shape()), dtype, torch.device("cpu"))
-
-    def _file(self) -> Any:
-        from safetensors import safe_open
-
-        if not hasattr(self._local, "file"):
-            self._local.file = safe_open(self.path, framework="pt")
-        return self._local.file
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._file().get_tensor(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.specs)
-
-    def __len__(self) -> int:
-        return len(self.specs)
+    def __init__(self, path: str, label: str, *, inside: str | None = None) -> None:
+        super().__init__(path, label, inside=inside)
+        self.specs = {key: Spec(entry.shape, entry.dtype, torch.device("cpu")) for key, entry in self.entries.items()}
 
 
 class BaseModel:
@@ -119,7 +90,7 @@ class BaseModel:
         self.modules = dict(base.named_modules()) if isinstance(base, nn.Module) else {}
         self.state: Mapping[str, Tensor]
         if isinstance(base, str | os.PathLike) and os.fspath(base).endswith(".safetensors"):
-            self.state = StoredFile(os.fspath(base))
+            self.state = StoredFile(os.fspath(base), "base")
         elif isinstance(base, Source):
             self.state = base
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -9,11 +10,14 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._safetensors import write
 from .._state import Tensors, quoted, select_names
+from .._untrusted import naming
 from ..errors import InputError, StateMismatchError
 from ._adapter_file import CONFIG, WEIGHTS
 
@@ -164,21 +168,23 @@ def _check_target(target: str, overwrite: bool) -> None:
 
 def _write(target: str, config: Mapping[str, object], tensors: dict[str, Tensor]) -> None:
     """Into a new folder beside the target, which is then renamed."""
-    from safetensors.torch import save_file
-
     parent, name = os.path.split(target)
     os.makedirs(parent, exist_ok=True)
     mark = f"{os.getpid()}-{secrets.token_hex(4)}"
     new, old = os.path.join(parent, f".{name}.{mark}.part"), os.path.join(parent, f".{name}.{mark}.old")
     os.mkdir(new)
     try:
-        with open(os.path.join(new, CONFIG), "w", encoding="utf-8") as file:
+        write(os.path.join(new, WEIGHTS), tensors, {"format": "pt"})
+        path = os.path.join(new, CONFIG)
+        with naming(path), open(path, "w", encoding="utf-8") as file:
             json.dump(config, file, indent=2, sort_keys=True)
-        save_file(tensors, os.path.join(new, WEIGHTS), {"format": "pt"})
-        for written in (CONFIG, WEIGHTS):
-            with open(os.path.join(new, written), "rb") as file_written:
-                os.fsync(file_written.fileno())
-        if os.path.lexists(target):
+            file.flush()
+            os.fsync(file.fileno())
+        if not os.path.lexists(target):
+            os.rename(new, target)
+        elif _exchanged(new, target):
+            shutil.rmtree(new)
+        else:
             os.rename(target, old)
             try:
                 os.rename(new, target)
@@ -186,8 +192,16 @@ def _write(target: str, config: Mapping[str, object], tensors: dict[str, Tensor]
                 os.rename(old, target)
                 raise
             shutil.rmtree(old)
-        else:
-            os.rename(new, target)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+
+
+def _exchanged(one: str, other: str) -> bool:
+    """Exchange two names at once, so that there is no moment without either; False where the system cannot."""
+    try:
+        rename: Any = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0

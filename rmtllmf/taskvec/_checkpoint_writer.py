@@ -7,22 +7,27 @@ the same boot of the same machine: what a killed process has written is in the s
 
 from __future__ import annotations
 
-import errno
+import io
 import json
 import os
 import shutil
-import struct
+import stat
 import threading
 from collections.abc import Container, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from .._safetensors import NAMES, header_of
+from .._state import overflows
+from .._untrusted import check_inside, naming, opened
 from ..errors import InputError, NonFiniteError
-from ._checkpoint import NAMES, Checkpoint, checked_path
-from ._sinks import Storage, overflows
+from ._checkpoint import Checkpoint, checked_path
+from ._journal import NO_LINK, boot, locked, names
+from ._sinks import Storage
 from ._sources import Source, Spec
 
 _COPY = 1 << 22  # bytes copied at once
@@ -52,9 +57,10 @@ class Files(Storage):
         for model in models if self.out.exists() else ():
             if any(self.out.samefile(file) for file in model.files):
                 raise InputError(f"out: is {model.label} itself, which must not be written to")
+        self.beside = [] if self.single or self.base.folder is None else _beside(self.base.folder)
         self.part = self.out.with_name(f".{self.out.name}.part")
         self.journal = self.out.with_name(f".{self.out.name}.part.journal")
-        self.request = request | {"files": [model.fingerprint() for model in models], "boot": _boot()}
+        self.request = request | {"files": [model.fingerprint() for model in models], "boot": boot()}
         self._finished: set[str] = set()
         self._left: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -70,12 +76,12 @@ class Files(Storage):
     def open(self, specs: Mapping[str, Spec], alias: Mapping[str, str], sources: list[Source]) -> None:
         self.specs = {key: specs.get(key, spec) for key, spec in self.base.specs.items()}
         self.fused = set(specs)
-        self._log = _locked(self.journal)
+        self._log = locked(self.journal)
         layout = self._layout()
         request = json.dumps(self.request | {"specs": {k: [NAMES[s.dtype], s.shape] for k, s in self.specs.items()}})
         self._log.seek(0)
         lines = self._log.read().split("\n")
-        finished = _names(lines[1:-1], self.fused)  # the last may be cut short
+        finished = names(lines[1:-1], self.fused)  # the last may be cut short
         going_on = lines[0] == request and self.request["boot"] is not None and self._parts_are_there(layout)
         if going_on and finished is not None:
             self._log.truncate(sum(len(line.encode()) + 1 for line in lines[:-1]))
@@ -83,7 +89,8 @@ class Files(Storage):
         else:
             self._begin(request, layout)
         paths = [self._path(name) for name, _, _ in layout]
-        self.descriptors = [os.open(path, os.O_RDWR) for path in paths]
+        for path in paths:
+            self.descriptors.append(os.open(path, os.O_RDWR | NO_LINK))
         self._flusher = _Flusher(self.descriptors)
         self._left = {key: self.specs[key].size for key in self.fused}
         for key in self.fused:
@@ -99,29 +106,28 @@ class Files(Storage):
                 groups[self.base.places[key].file].append(key)
         result = []
         for number, keys in enumerate(groups):
-            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-            # the format wants wide entries first, so that all are aligned
-            keys.sort(key=lambda key: (-self.specs[key].dtype.itemsize, key))
-            at = 0
-            offsets = {}
-            for key in keys:
-                spec = self.specs[key]
-                stop = at + spec.size * spec.dtype.itemsize
-                header[key] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [at, stop]}
-                offsets[key], at = at, stop
-            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-            text += b" " * (-len(text) % 8)
-            self.places |= {key: (number, 8 + len(text) + offset) for key, offset in offsets.items()}
+            kinds = {key: (self.specs[key].dtype, self.specs[key].shape) for key in keys}
+            header, places = header_of(kinds, {"format": "pt"})
+            self.places |= {key: (number, place.start) for key, place in places.items()}
             name = self.out.name if self.single else self.base.files[number].name
-            result.append((name, struct.pack("<Q", len(text)) + text, 8 + len(text) + at))
+            result.append((name, header, max((place.stop for place in places.values()), default=len(header))))
         return result
 
     def _path(self, name: str) -> Path:
         return self.part if self.single else self.part / name
 
     def _parts_are_there(self, layout: list[tuple[str, bytes, int]]) -> bool:
-        paths = [(self._path(name), size) for name, _, size in layout]
-        return all(path.is_file() and path.stat().st_size == size for path, size in paths)
+        if not self.single and self.part.is_symlink():
+            return False
+        for name, _, size in layout:
+            try:
+                status = os.lstat(self._path(name))
+            except OSError:
+                return False
+            # neither a link nor a second name of a file that is somebody else's
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or status.st_size != size:
+                return False
+        return True
 
     def _begin(self, request: str, layout: list[tuple[str, bytes, int]]) -> None:
         self._log.seek(0)
@@ -130,11 +136,10 @@ class Files(Storage):
         if not self.single:
             self.part.mkdir()
         for name, header, size in layout:
-            with open(self._path(name), "xb") as file:
+            with naming(self._path(name)), open(self._path(name), "xb") as file:
                 file.write(header)
                 file.truncate(size)
-        self._log.write(request + "\n")
-        self._log.flush()
+        self._note(request)
 
     def put(self, key: str, start: int, values: Tensor) -> None:
         spec, count = self.specs[key], len(values)
@@ -156,14 +161,19 @@ class Files(Storage):
 
     def _complete(self, key: str) -> None:
         if key not in self._finished:
-            self._log.write(json.dumps(key) + "\n")
+            self._note(json.dumps(key))
+
+    def _note(self, line: str) -> None:
+        with naming(self.journal):
+            self._log.write(line + "\n")
             self._log.flush()
 
     def _write_bytes(self, file: int, offset: int, values: Tensor) -> None:
         memory: Any = memoryview(values.numpy())  # type: ignore[arg-type]
-        while len(memory):
-            count = os.pwrite(self.descriptors[file], memory, offset)
-            memory, offset = memory[count:], offset + count
+        with naming(self.part):
+            while len(memory):
+                count = os.pwrite(self.descriptors[file], memory, offset)
+                memory, offset = memory[count:], offset + count
         if self._flusher is not None:
             self._flusher.written(values.numel())
 
@@ -181,26 +191,28 @@ class Files(Storage):
         for model in self.models:
             model.check_unchanged()
         if self._flusher is not None:
-            self._flusher.finish()
+            with naming(self.part):
+                self._flusher.finish()
         if not self.single and len(self.base.files) > 1:
             total = sum(spec.size * spec.dtype.itemsize for spec in self.specs.values())
             shards = {key: self.base.files[file].name for key, (file, _) in sorted(self.places.items())}
-            content = {"metadata": {"total_size": total}, "weight_map": shards}
-            with open(self.part / "model.safetensors.index.json", "w", encoding="utf-8") as index:
-                json.dump(content, index, indent=2)
-                index.flush()
-                os.fsync(index.fileno())
-        if not self.single and self.base.folder is not None:
-            self._copy_beside(self.base.folder)
+            index = json.dumps({"metadata": {"total_size": total}, "weight_map": shards}, indent=2)
+            self._put_beside("model.safetensors.index.json", io.BytesIO(index.encode()))
+        for path in self.beside:
+            with open(opened(path, self.base.label, inside=path.parent), "rb") as content:
+                self._put_beside(path.name, content)
         os.replace(self.part, self.out)
         os.unlink(self.journal)
         return {}
 
-    def _copy_beside(self, folder: Path) -> None:
-        """The small files that a model needs beside its weights: configuration, tokenizer, texts."""
-        for file in sorted(folder.iterdir()):
-            if file.is_file() and file.name.endswith(_BESIDE) and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, self.part / file.name)
+    def _put_beside(self, name: str, content: IO[bytes]) -> None:
+        """A small file beside the shards; an earlier run may have begun it."""
+        path = self.part / name
+        path.unlink(missing_ok=True)
+        with naming(path), open(path, "xb") as file:
+            shutil.copyfileobj(content, file)
+            file.flush()
+            os.fsync(file.fileno())
 
     def close(self, *, forget: bool) -> None:
         """Let go of the files; with `forget` remove what was written."""
@@ -213,7 +225,8 @@ class Files(Storage):
             if forget:
                 _remove(self.part)
                 self.journal.unlink(missing_ok=True)
-            self._log.close()
+            with suppress(OSError):  # what did not get into the journal is calculated again
+                self._log.close()
 
 
 class _Flusher:
@@ -269,47 +282,13 @@ class _Flusher:
             self.error = self.error or error
 
 
-def _boot() -> str | None:
-    """Differs from boot to boot; None where that cannot be told."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-
-
-def _names(lines: Sequence[str], known: Container[str]) -> set[str] | None:
-    """The names that the lines of a journal hold; None if it is damaged."""
-    try:
-        names = [json.loads(line) for line in lines]
-    except ValueError:
-        return None
-    return set(names) if all(isinstance(name, str) and name in known for name in names) else None
-
-
-def _locked(path: Path) -> Any:
-    """The journal, open and ours alone."""
-    while True:
-        try:
-            file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed by `close`)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
-            raise type(error)(error.errno, f"out: the folder {str(path.parent)!r} cannot be written to") from None
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise InputError(f"out: another process is writing {path.name!r}") from None
-        except (ImportError, OSError):  # not on this system: two runs into one target are the caller's to avoid
-            return file
-        try:
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
-        except FileNotFoundError:
-            pass
-        file.close()  # another process has finished and removed it since it was opened
+def _beside(folder: Path) -> list[Path]:
+    """The small files that a model needs beside its weights: configuration, tokenizer, texts."""
+    found = [file for file in sorted(folder.iterdir()) if file.name.endswith(_BESIDE) and file.is_file()]
+    found = [file for file in found if not file.name.endswith(".index.json")]
+    for file in found:
+        check_inside(file, folder, "base")
+    return found
 
 
 def _remove(path: Path) -> None:

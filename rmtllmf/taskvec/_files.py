@@ -11,7 +11,9 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from .._state import Tensors, identity
+from .._safetensors import TensorFile, write
+from .._state import Tensors, check_finite, identity
+from .._untrusted import brief, parsed
 from ..errors import InputError
 
 _KIND = "task_vector"
@@ -20,32 +22,21 @@ _VERSION = "1"
 
 def save_tensors(tensors: Tensors, path: str | os.PathLike[str], *, kind: str = _KIND) -> None:
     """Write to a temporary file beside `path`, then rename; `kind` says what the tensors are."""
-    from safetensors.torch import save_file
-
     target = _checked(path)
     stored: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     seen: dict[Hashable, str] = {}
-    storages: set[int] = set()
     for key, tensor in tensors.items():
         original = seen.setdefault(identity(tensor), key)
-        if original != key:
+        if original == key:
+            stored[key] = tensor
+        else:
             tied[key] = original
-            continue
-        value = tensor.detach().contiguous()
-        storage = value.untyped_storage()
-        if storage.data_ptr() in storages or storage.nbytes() != value.numel() * value.element_size():
-            value = value.clone()  # a view of a larger or shared memory; the format stores whole ones
-        storages.add(value.untyped_storage().data_ptr())
-        stored[key] = value
-    metadata = {"rmtllmf": kind, "version": _VERSION, "tied": json.dumps(tied)}
     folder, name = os.path.split(target)
     temporary = os.path.join(folder, f".{name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # as the umask has it
     try:
-        save_file(stored, temporary, metadata)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        write(temporary, stored, {"rmtllmf": kind, "version": _VERSION, "tied": json.dumps(tied)})
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -57,27 +48,36 @@ def load_tensors(
     path: str | os.PathLike[str], device: torch.device | str, *, kind: str = _KIND, writer: str = "TaskVector.save"
 ) -> dict[str, Tensor]:
     """What `save_tensors` wrote as `kind`, ties included; an error for any other safetensors file."""
-    from safetensors import SafetensorError, safe_open
-
     source = _checked(path)
-    if not os.path.isfile(source):
-        raise FileNotFoundError(f"path: there is no file {source!r}")
+    file = TensorFile(source, "path")
     try:
-        with safe_open(source, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("rmtllmf") != kind:
-                hint = "; for a whole model use TaskVector.between(base, path)" if kind == _KIND else ""
-                raise InputError(f"path: {source!r} holds no {kind.replace('_', ' ')} written by {writer}{hint}")
-            if metadata.get("version") != _VERSION:
-                raise InputError(f"path: {source!r} is of version {metadata.get('version')!r}; expected {_VERSION!r}")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise InputError(f"path: {source!r} is no safetensors file ({error})") from None
-    try:
-        tied = dict(json.loads(metadata.get("tied", "{}")).items())
-        return tensors | {key: tensors[original] for key, original in tied.items() if key not in tensors}
-    except (ValueError, AttributeError, KeyError, TypeError):
-        raise InputError(f"path: {source!r} is damaged: its ties {metadata.get('tied')!r} make no sense") from None
+        metadata = file.metadata
+        if metadata.get("rmtllmf") != kind:
+            hint = "; for a whole model use TaskVector.between(base, path)" if kind == _KIND else ""
+            raise InputError(f"path: {source!r} holds no {kind.replace('_', ' ')} written by {writer}{hint}")
+        if metadata.get("version") != _VERSION:
+            raise InputError(f"path: {source!r} is of version {brief(metadata.get('version'))}; expected {_VERSION!r}")
+        tensors = {key: tensor.to(device) for key, tensor in file.items()}
+        file.check_unchanged()
+    finally:
+        file.close()
+    tied = parsed(metadata.get("tied", "{}"), f"path: {source!r} is damaged: its ties are no JSON")
+    for key, original in tied.items() if isinstance(tied, dict) else [("", None)]:
+        if key in tensors or not isinstance(original, str) or original not in file:
+            raise InputError(f"path: {source!r} is damaged: its ties {brief(tied)} make no sense")
+        tensors[key] = tensors[original]
+    return tensors
+
+
+def check_vector(tensors: Tensors, path: str | os.PathLike[str]) -> None:
+    """Raise unless what was read from `path` is a task vector: floating-point entries, all of them finite."""
+    label = f"path: {os.fspath(path)!r}"
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise InputError(f"{label} is damaged: {key!r} is {tensor.dtype}; expected floating-point entries")
+    if not tensors:
+        raise InputError(f"{label} is damaged: expected at least one tensor, it holds none")
+    check_finite(tensors, label)
 
 
 def _checked(path: str | os.PathLike[str]) -> str:

@@ -21,6 +21,7 @@ from .._state import (
     identity,
     is_bendable,
     map_tied,
+    overflows,
     quoted,
     wide,
 )
@@ -90,7 +91,8 @@ def _difference(before: Tensor, after: Tensor) -> Tensor:
 
 def _moved(key: str, old: Tensor, delta: Tensor, scale: float) -> Tensor:
     old = old.detach()
-    new = torch.add(wide(old), delta.to(old.device), alpha=scale).to(old.dtype)
-    if not all_finite(new) and all_finite(old):
+    total = torch.add(wide(old), delta.to(old.device), alpha=scale)
+    new = total.to(old.dtype)
+    if overflows(old, total) or (new is not total and overflows(total, new)):
         raise NonFiniteError(f"base[{key!r}] plus the task vector overflows {old.dtype}")
     return new

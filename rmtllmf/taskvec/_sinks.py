@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._sharded import is_sharded, local, same_layout
-from .._state import Tensors, all_finite, check_keys, identity, memory_of
+from .._state import Tensors, all_finite, check_keys, identity, memory_of, overflows
 from ..errors import InputError, NonFiniteError, StateMismatchError
 from ._sources import Base, Source, Spec, spec_of
 
@@ -190,13 +190,6 @@ class Applied(Sink):
 def local_parts(out: Mapping[str, Any]) -> dict[str, Any]:
     """What this process holds of each tensor; anything else is left for `check_out` to refuse."""
     return {key: local(value) if isinstance(value, Tensor) else value for key, value in out.items()}
-
-
-def overflows(wide: Tensor, narrow: Tensor) -> bool:
-    """Whether something finite became infinite in the narrower dtype; what was infinite before may stay so."""
-    if narrow.dtype == torch.float8_e4m3fn:  # has no infinity: torch takes the largest number instead
-        return bool((torch.isfinite(wide) & (wide.abs() > 464)).any())  # what would be rounded to more than 448
-    return not all_finite(narrow) and bool((torch.isfinite(wide) & ~torch.isfinite(narrow)).any())
 
 
 def check_out(

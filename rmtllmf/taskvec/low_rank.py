@@ -162,7 +162,8 @@ def low_rank(update: Tensors, rank: int, *, names: str | Iterable[str] | None = 
         bits for any number of threads; one matrix a thread. Tied tensors are factored once.
 
     Raises:
-        InputError: no entries, a `rank` below 1, or a name that matches nothing. NonFiniteError: NaN or infinity.
+        InputError: no entries, a `rank` below 1, a name that matches nothing, or an update that requires a gradient,
+            which the factors would not have. NonFiniteError: NaN or infinity.
         TypeError: an entry is not floating-point, or `rank` is not an int.
 
     Source: Eckart and Young, "The approximation of one matrix by another of lower rank", 1936. float32 matrices are
@@ -184,6 +185,10 @@ def low_rank(update: Tensors, rank: int, *, names: str | Iterable[str] | None = 
     for key, spec in source.specs.items():
         if not spec.dtype.is_floating_point:
             raise TypeError(f"update[{key!r}] is {spec.dtype}; expected floating-point entries")
+    if source.wants_gradient and torch.is_grad_enabled():
+        raise InputError(
+            "update: gradients do not flow through its factors; detach it, or call low_rank() under torch.no_grad()"
+        )
     wanted = list(source.specs) if names is None else select_names(source.specs, names, "names")
     factored = [key for key in wanted if _is_matrix(key, source, by_name=names is not None)]
     first: dict[Hashable, str] = {}

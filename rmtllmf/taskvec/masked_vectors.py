@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .._sharded import is_sharded, local, part_of, sharded_like
-from .._state import all_finite, identity, map_tied, quoted, whole_number, wide
+from .._state import all_finite, identity, map_tied, quoted, unclipped, whole_number, wide
 from ..errors import InputError
 from ._bits import Masks, packed, unpacked
 from ._engine import Fusion, Piece
-from ._files import load_tensors, save_tensors
+from ._files import check_vector, load_tensors, save_tensors
 from ._sinks import Memory
 from .vector import TaskVector
 
@@ -77,7 +77,8 @@ class MaskedVectors:
             values = local(tensor)
             if is_sharded(tensor):
                 chosen = part_of(chosen, tensor)
-            values = torch.where(chosen, wide(values) * factor, 0.0).to(values.dtype)
+            scaled = torch.where(chosen, wide(values) * factor, 0.0)
+            values = unclipped(scaled, values.dtype).to(values.dtype)
             return sharded_like(values, tensor) if is_sharded(tensor) else values
 
         return TaskVector._finite(map_tied(restored, self.unified, self.unified, _bits(mask)), f"task {task}")
@@ -128,24 +129,30 @@ class MaskedVectors:
         Example: see `save`.
         """
         tensors = load_tensors(path, device, kind=_KIND, writer="MaskedVectors.save")
-
-        def below(prefix: str) -> dict[str, Tensor]:
-            return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-        rescalers = tensors.get(_RESCALERS, torch.tensor(0))
-        if rescalers.ndim != 1 or rescalers.dtype != torch.float64 or not all_finite(rescalers):
-            raise InputError(f"path: {os.fspath(path)!r} is damaged: it holds no finite rescalers")
-        vector = below("vector.")
+        damaged = f"path: {os.fspath(path)!r} is damaged"
+        rescalers = tensors.pop(_RESCALERS, torch.tensor(0))
+        if rescalers.ndim != 1 or rescalers.dtype != torch.float64 or not len(rescalers) or not all_finite(rescalers):
+            raise InputError(f"{damaged}: it holds no finite rescalers")
+        vector = {key.removeprefix("vector."): value for key, value in tensors.items() if key.startswith("vector.")}
+        check_vector(vector, path)
         sizes = {key: (-(-tensor.numel() // 8),) for key, tensor in vector.items()}
-        masks = []
-        for task in range(len(rescalers)):
-            bits = below(f"mask.{task}.")
-            wrong = [key for key in {**sizes, **bits} if key not in bits or bits[key].dtype != torch.uint8]
-            wrong += [key for key in bits if key not in wrong and bits[key].shape != sizes.get(key)]
+        bits: list[dict[str, Tensor]] = [{} for _ in range(len(rescalers))]
+        places = {f"mask.{task}": masks for task, masks in enumerate(bits)}
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(".")
+            task, _, key = rest.partition(".")
+            if kind == "mask" and f"mask.{task}" in places:
+                places[f"mask.{task}"][key] = value
+            elif kind != "vector":
+                raise InputError(f"{damaged}: {name!r} is of none of its {len(bits)} tasks")
+        for number, masks in enumerate(bits):
+            wrong = [key for key in {**sizes, **masks} if key not in masks or masks[key].dtype != torch.uint8]
+            wrong += [key for key in masks if key not in wrong and masks[key].shape != sizes.get(key)]
             if wrong:
-                raise InputError(f"path: {os.fspath(path)!r} is damaged: the mask of task {task} for {quoted(wrong)}")
-            masks.append(Masks(bits, {key: tuple(tensor.shape) for key, tensor in vector.items()}))
-        return cls(TaskVector(vector), tuple(masks), tuple(rescalers.tolist()))
+                raise InputError(f"{damaged}: the mask of task {number} for {quoted(wrong)}")
+        shapes = {key: tuple(tensor.shape) for key, tensor in vector.items()}
+        masks_of = tuple(Masks(masks, shapes) for masks in bits)
+        return cls(TaskVector._of(vector), masks_of, tuple(rescalers.tolist()))
 
     def __repr__(self) -> str:
         entries = repr(self.unified).removeprefix("TaskVector(").removesuffix(")")

@@ -21,10 +21,11 @@ from .._state import (
     finite_number,
     inner_product,
     map_tied,
+    overflows,
     select_names,
 )
-from ..errors import InputError
-from ._files import load_tensors, save_tensors
+from ..errors import InputError, NonFiniteError
+from ._files import check_vector, load_tensors, save_tensors
 from ._models import applied, differences
 
 __all__ = ["TaskVector"]
@@ -290,7 +291,9 @@ class TaskVector(Mapping[str, Tensor]):
         for key, value in result.items():
             if not value.is_floating_point():
                 raise TypeError(f"to: a task vector holds floating-point entries only, got {value.dtype} for {key!r}")
-        return self._finite(result, "to")
+            if overflows(self[key], value):
+                raise NonFiniteError(f"to: {key!r} overflows {value.dtype}")
+        return self._of(result)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, atomically: a reader sees the old file or the new one, never a part.
@@ -320,7 +323,9 @@ class TaskVector(Mapping[str, Tensor]):
 
         Example: see `save`.
         """
-        return cls(load_tensors(path, device))
+        tensors = load_tensors(path, device)
+        check_vector(tensors, path)
+        return cls._of(tensors)
 
 
 def _rebuild(cls: type[TaskVector], tensors: dict[str, Tensor]) -> TaskVector:

@@ -1,4 +1,4 @@
-"""One row for each fusion rule: `tests/taskvec/test_rules.py` holds every rule to the same properties.
+"""One row for each fusion rule: `tests/taskvec/rules/test_rules.py` holds every rule to the same properties.
 
 To add a rule, write its definition naively (on float64, whole tensors, as the paper does) and add a row.
 """

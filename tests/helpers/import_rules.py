@@ -19,6 +19,8 @@ PRIVATE = (
     "_sharded",
     "_coefficients",
     "_sample_gradients",
+    "_safetensors",
+    "_untrusted",
 )
 """Shared foundations: they import each other and nothing else of the library."""
 

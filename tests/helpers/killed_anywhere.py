@@ -30,7 +30,7 @@ def killed_before(line, paths, out, scale):
 
     def trace(frame, event, argument):
         nonlocal left
-        if not frame.f_code.co_filename.endswith("_checkpoint_writer.py"):
+        if not frame.f_code.co_filename.endswith(("_checkpoint_writer.py", "_journal.py")):
             return None
         if event == "line":
             left -= 1

@@ -194,6 +194,15 @@ def test_bad_input():
             low_rank(bad, 1)
 
 
+def test_gradients_are_not_dropped_in_silence():
+    update = {"w": torch.ones(2, 2, requires_grad=True)}
+    with pytest.raises(InputError, match="update: gradients do not flow"):
+        low_rank(update, 1)
+    with torch.no_grad():
+        assert not low_rank(update, 1).A["w"].requires_grad
+    assert not low_rank({"w": update["w"].detach()}, 1).A["w"].requires_grad
+
+
 class Tiny(nn.Module):
     def __init__(self):
         super().__init__()
@@ -328,18 +337,18 @@ def test_what_is_there_is_kept_unless_told(tmp_path, monkeypatch):
     first.save_adapter(folder)
     with pytest.raises(FileExistsError, match="overwrite=True"):
         second.save_adapter(folder)
-    import safetensors.torch
 
     def broken(*args):
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", broken)
+        patch.setattr("rmtllmf.taskvec._adapter_save.write", broken)
         for target in (folder, tmp_path / "other"):
             with pytest.raises(OSError, match="no space left"):
                 second.save_adapter(target, overwrite=True)
     with monkeypatch.context() as patch:
         rename = os.rename
+        patch.setattr("rmtllmf.taskvec._adapter_save._exchanged", lambda one, other: False)
         patch.setattr(os, "rename", lambda a, b: broken() if str(a).endswith(".part") else rename(a, b))
         with pytest.raises(OSError, match="no space left"):
             second.save_adapter(folder, overwrite=True)

@@ -111,7 +111,8 @@ def _routable(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.MultiheadA
             usable = type(module).forward is nn.MultiheadAttention.forward and can_open(module)
         else:
             usable = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-            usable = usable and id(module) not in inside and module._parameters.get("weight") is not None
+            weight = module._parameters.get("weight")
+            usable = usable and id(module) not in inside and weight is not None and weight.numel() > 0
         if usable and all(len(owners[id(parameter)]) == 1 for parameter in module.parameters()):
             assert isinstance(module, nn.Linear | nn.MultiheadAttention)
             yield (f"{name}." if name else ""), module

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..._call import check_model
-from ..._state import StateLike, as_state, check_keys, check_shapes
+from ..._state import StateLike, as_state, check_finite, check_keys, check_shapes, quoted
 from ...errors import StateMismatchError
 from ._attention import OpenAttention
 from ._replace import swapped
@@ -39,7 +40,8 @@ def load_routed(
         The routed model, in the mode of `model`.
 
     Raises:
-        StateMismatchError: `source` is of no routed model, or of one of another base.
+        StateMismatchError: `source` is of no routed model, of one of another base, or contradicts itself.
+        InputError: the file is damaged. NonFiniteError: NaN or infinity in a parameter, an expert or the router.
 
     Example:
         >>> import torch
@@ -65,23 +67,31 @@ def load_routed(
     mixture = mixture_of(model)
     layers = dict(copy.named_modules())
     swaps: dict[int, nn.Module] = {}
-    for name in experts:
-        prefix, layer = f"{name}." if name else "", layers.get(name)
+    experts_of: dict[str, _Experts] = {}
+    for name in sorted(experts):
+        layer = layers.get(name)
         if not isinstance(layer, nn.Linear):
             raise StateMismatchError(f"source has experts for {name!r}, which is no linear layer of model")
-        right, left, shift = inner[prefix + "right"], inner[prefix + "left"], inner.get(prefix + "shift")
-        if twin:
+        experts_of[name] = _experts(inner, name, layer, twin=twin)
+        right, left, shift, routing = experts_of[name]
+        if routing is None:
             swaps[id(layer)] = TwinLinear(layer, right, left, shift, mixture)
         else:
-            gate_rank, top_k = inner[prefix + "routing"].tolist()
-            swaps[id(layer)] = SmileLinear(layer, right, left, shift, gate_rank, top_k)
+            swaps[id(layer)] = SmileLinear(layer, right, left, shift, *routing)
+    counts = {parts.right.shape[1 if twin else 0] for parts in experts_of.values()}
+    if len(counts) > 1:
+        raise StateMismatchError(f"source: its layers have {sorted(counts)} experts; expected the same number in all")
     result = swapped(copy, swaps)
     if twin:
-        count = right.shape[1]  # of any layer
-        result = TwinMerged(result, count, mixture, router or _router(state), embed)
+        (count,) = counts
+        result = TwinMerged(result, count, mixture, router or _router(state, count), embed)
     own = result.state_dict()
     check_keys(state, own, "source", "model with its experts")
     check_shapes(state, own, "source", "model with its experts")
+    for key, tensor in state.items():
+        if tensor.is_floating_point() != own[key].is_floating_point():
+            raise StateMismatchError(f"source[{key!r}] is {tensor.dtype}; model with its experts has {own[key].dtype}")
+    check_finite({key: state[key] for key, _ in result.named_parameters() if key in state}, "source")
     result.load_state_dict(state)
     return result.train(model.training)
 
@@ -91,8 +101,64 @@ def _is_open(name: str, module: nn.Module, state: dict[str, Tensor]) -> bool:
     return isinstance(module, nn.MultiheadAttention) and prefix + "q.weight" in state
 
 
-def _router(state: dict[str, Tensor]) -> nn.Module | None:
-    first, last = state.get("router.0.weight"), state.get("router.8.weight")
-    if first is None or last is None:
+class _Experts(NamedTuple):
+    """What the state of a routed layer holds beside the layer's own; no routing for `TwinLinear`."""
+
+    right: Tensor
+    left: Tensor
+    shift: Tensor | None
+    routing: tuple[int, int] | None
+
+
+def _experts(state: dict[str, Tensor], name: str, layer: nn.Linear, *, twin: bool) -> _Experts:
+    """Those of a layer, if they fit it and each other."""
+    prefix = f"{name}." if name else ""
+    needed = ["right", "left"] if twin else ["right", "left", "routing"]
+    if missing := {prefix + part for part in needed} - set(state):
+        raise StateMismatchError(f"source lacks {quoted(missing)}, which belongs to the experts of {name!r}")
+    own = {key: state[key] for key in (prefix + "weight",) if key in state}
+    check_shapes(own, dict.fromkeys(own, layer.weight), "source", "model with its experts")
+    right, left, shift = state[prefix + "right"], state[prefix + "left"], state.get(prefix + "shift")
+    found = {prefix + "right": right, prefix + "left": left} | ({} if shift is None else {prefix + "shift": shift})
+    for key, tensor in found.items():
+        if not tensor.is_floating_point():
+            raise StateMismatchError(f"source[{key!r}] is {tensor.dtype}; expected floating-point entries")
+    check_finite(found, "source")
+    m, n = layer.weight.shape
+    fits = right.ndim == left.ndim == 3 and min(*right.shape, *left.shape) > 0
+    if twin:
+        count = right.shape[1] if fits else 0
+        fits = fits and right.shape[2] == n and tuple(left.shape) == (right.shape[0], count, m)
+    else:
+        count = len(right) if fits else 0
+        fits = fits and right.shape[2] == n and left.shape[:2] == (count, m) and left.shape[2] <= right.shape[1]
+    if not fits or (shift is not None and tuple(shift.shape) != (count, m)):
+        shapes = ", ".join(f"{key!r} {tuple(tensor.shape)}" for key, tensor in found.items())
+        raise StateMismatchError(f"source has {shapes}, which do not fit each other and a layer ({m}, {n})")
+    return _Experts(right, left, shift, None if twin else _routing(state[prefix + "routing"], prefix, right))
+
+
+def _routing(routing: Tensor, prefix: str, right: Tensor) -> tuple[int, int]:
+    numbers = routing.tolist() if routing.dtype == torch.int64 and tuple(routing.shape) == (2,) else [0, 0]
+    count, most = right.shape[:2]
+    if not (1 <= numbers[0] <= most and 1 <= numbers[1] <= count):
+        raise StateMismatchError(
+            f"source[{prefix + 'routing'!r}] is {routing.flatten()[:4].tolist()} of shape {tuple(routing.shape)}; "
+            f"expected a gate rank of 1 to {most} and a number of experts of 1 to {count}"
+        )
+    return numbers[0], numbers[1]
+
+
+def _router(state: dict[str, Tensor], count: int) -> nn.Module | None:
+    """That of `train_router`, if there is one: nothing is made that is larger than what is there."""
+    parts = {f"router.{index}.weight": state.get(f"router.{index}.weight") for index in (0, 4, 8)}
+    first, middle, last = parts.values()
+    if first is None or middle is None or last is None:
         return None
-    return Router(first.shape[1], len(last), len(first)).to(first.device).requires_grad_(False)
+    check_finite({key: tensor for key, tensor in state.items() if key.startswith("router.")}, "source")
+    hidden = middle.shape[0] if middle.ndim == 2 else 0
+    fits = first.ndim == 2 and first.shape[0] == hidden and first.numel() > 0
+    if not fits or tuple(middle.shape) != (hidden, hidden) or tuple(last.shape) != (count, hidden):
+        shapes = ", ".join(f"{key!r} {tuple(tensor.shape)}" for key, tensor in state.items() if key in parts)
+        raise StateMismatchError(f"source has {shapes}, which make no router between {count} experts")
+    return Router(first.shape[1], count, hidden).to(first.device).requires_grad_(False)

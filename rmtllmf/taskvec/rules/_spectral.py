@@ -37,6 +37,8 @@ def rounding_level(parts: Sequence[Tensor]) -> float:
     (m^{-1/2} + n^{-1/2}) \sqrt{\sum_q \|\tau_q\|_F^2}` at most; a float64 SVD adds its own.
     """
     m, n = parts[0].shape
+    if not m or not n:
+        return 0.0
     norm = hypot(*(float(torch.linalg.vector_norm(part)) for part in parts))
     eps, double = torch.finfo(parts[0].dtype).eps, torch.finfo(torch.float64).eps
     return norm * (eps / 2 * (m**-0.5 + n**-0.5) + max(m, n) * double)
@@ -83,6 +85,8 @@ def polar(X: Tensor, floor: float, dtype: torch.dtype) -> tuple[Factors, Tensor]
     if X.shape[0] < X.shape[1]:
         Q, s = polar(X.mT, floor, dtype)
         return Q.mT, s
+    if not X.shape[1]:
+        return Factors([(X.to(dtype), X.new_zeros(0, 0, dtype=dtype))]), X.new_zeros(0, dtype=torch.float64)
     if dtype == torch.float32:
         cheap = _polar_in_float32(X, floor)
         if cheap is not None:
@@ -115,6 +119,9 @@ def leading(
     if X.shape[0] < X.shape[1]:
         V, s, U = leading(X.mT, count, floor, dtype, quick=quick)
         return U, s, V
+    if not X.shape[1]:
+        X = X.double()
+        return X, X.new_zeros(0), X.new_zeros(0, 0)
     if dtype == torch.float64:
         U, s, Vh = torch.linalg.svd(X.double(), full_matrices=False)
         count = min(count, int((s > floor).sum()))
