@@ -121,8 +121,9 @@ def test_the_length_of_the_pieces_changes_nothing(row, monkeypatch):
 
 
 @every_rule
-def test_inputs_are_not_written_to_and_out_is(row):
-    vectors = make(3, max(4, row.fewest))
+@pytest.mark.parametrize("count", [1, 2, 4])  # a single vector, and two, are where sums start from an input
+def test_inputs_are_not_written_to_and_out_is(row, count):
+    vectors = make(3, max(count, row.fewest))
     kept = [{key: tensor.clone() for key, tensor in vector.items()} for vector in vectors]
     expected = row.rule(vectors)
     assert isinstance(expected, TaskVector)
