@@ -28,7 +28,8 @@ def logit_matrix(logits: Any, argument: str) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{argument}: expected logits as a tensor (B, K), got {type(logits).__name__}")
     if logits.ndim != 2 or logits.shape[1] == 0:
-        raise ShapeError(f"{argument}: expected logits of shape (B, K), got {tuple(logits.shape)}")
+        hint = "; of a language model pick a token, head=lambda output: output.logits[:, -1]" * (logits.ndim == 3)
+        raise ShapeError(f"{argument}: expected logits of shape (B, K), got {tuple(logits.shape)}{hint}")
     if bool(logits.isnan().any()):
         raise NonFiniteError(f"{argument}: the logits hold NaN, so that there is no prediction")
     return logits

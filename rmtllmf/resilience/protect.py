@@ -101,7 +101,8 @@ def protect(
         seed: of the noise that sensitivities are measured with, an int or a ``torch.Generator``.
         estimator, scale: as for `shrink`.
         inputs: batches of inputs without labels, real or drawn at random, to measure the sensitivity on; None: those of
-            the tasks' first batches.
+            the tasks' first batches, every one of them; a single batch with samples of all tasks is as good, and
+            cheaper where there are many.
         sensitivity: as for `shrink`, instead of a measured one.
         screen: whether to leave anyone out; of one user or two nobody is who was heard and sent finite numbers.
         rule: as for `resilient_fusion`; it is handed the estimates of the users that are not left out, which matters
