@@ -36,7 +36,7 @@ def test_requirements_have_a_lower_bound_and_nothing_else(requirement):
     if requirement.startswith("rmtllmf["):
         assert requirement[8:-1] in EXTRAS
     else:
-        assert re.fullmatch(r"[A-Za-z0-9_-]+>=[0-9.]+", requirement)
+        assert re.fullmatch(r"[A-Za-z0-9_-]+>=[0-9.]+(; .*)?", requirement)  # but where it is for
 
 
 def test_runtime_dependencies():

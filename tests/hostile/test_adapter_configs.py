@@ -173,7 +173,9 @@ def test_many_searches_end_too(folder, monkeypatch):
 
 
 def test_names_in_the_file_are_taken_apart_in_no_time():
+    names = ("x" + ".lora_A" * 580 + "\n\n", "x" + ".lora_A.weight" * 290 + "Z\n\n", "." * 4000)
     start = time.monotonic()
-    for name in ("x" + ".lora_A" * 500 + "\n\n", "x" + ".lora_A.weight" * 250 + "Z\n\n", "." * 4000):
-        FACTOR.fullmatch(name)
-    assert time.monotonic() - start < 0.3
+    for _ in range(30):
+        for name in names:
+            FACTOR.fullmatch(name)
+    assert time.monotonic() - start < 1  # a few milliseconds, and several seconds where all beginnings are tried

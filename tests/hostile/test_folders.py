@@ -216,7 +216,7 @@ def test_what_is_copied_beside_the_weights_is_the_folders_own(tmp_path, secret):
         sharded(tmp_path / name, state(seed))
     (tmp_path / "base" / "tokenizer.json").symlink_to(secret / "secret.json")
     with pytest.raises(InputError, match=r"base: .*tokenizer.json' is a link that leads out of its folder"):
-        fuse_files(tmp_path / "base", [tmp_path / "tuned"], tmp_path / "out")
+        fuse_files(tmp_path / "base", [tmp_path / "tuned"], tmp_path / "out", lambda vectors: pytest.fail("too late"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "elsewhere", "tuned"]
     (tmp_path / "base" / "tokenizer.json").unlink()
     os.mkfifo(tmp_path / "base" / "tokenizer.json")  # no file, and left where it is

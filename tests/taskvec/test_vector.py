@@ -216,7 +216,7 @@ def test_load_refuses_what_is_no_task_vector(tmp_path):
     with pytest.raises(InputError, match="no safetensors file"):
         TaskVector.load(path)
     (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match="no regular file"):
         TaskVector.load(tmp_path / "folder.safetensors")
 
 

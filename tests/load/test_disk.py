@@ -1,0 +1,174 @@
+"""Full disks, folders that are read only, processes that are killed: the old file stays, and the error says where."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from paper import _checkpoints
+from rmtllmf.taskvec import MaskedVectors, TaskVector, adapter_vector, emr, fuse_files, low_rank
+
+resource = pytest.importorskip("resource", reason="limits of POSIX")
+ROOT = Path(__file__).resolve().parents[2]
+SIZE = 2000
+
+
+def vector(value):
+    return TaskVector({"fc.weight": torch.full((SIZE, 2), float(value))})
+
+
+def save_vector(folder, value):
+    vector(value).save(folder / "v.safetensors")
+
+
+def load_vector(folder):
+    return TaskVector.load(folder / "v.safetensors")["fc.weight"].unique().tolist()
+
+
+def save_masks(folder, value):
+    emr([vector(value)] * 2).save(folder / "m.safetensors")
+
+
+def load_masks(folder):
+    return MaskedVectors.load(folder / "m.safetensors").task_vector(0)["fc.weight"].unique().tolist()
+
+
+def save_adapter(folder, value):
+    low_rank(vector(value), int(value)).save_adapter(folder / "adapter", overwrite=True)
+
+
+def load_adapter(folder):
+    return adapter_vector(folder / "adapter")["fc.weight"].round(decimals=3).unique().tolist()
+
+
+def save_run(folder, value):
+    _checkpoints.write(folder, {"lr": 0.1}, 1, dict(vector(value)))
+
+
+def load_run(folder):
+    return _checkpoints.read(folder, {"lr": 0.1}).tensors["fc.weight"].unique().tolist()
+
+
+WRITERS = {
+    "vector": (save_vector, load_vector),
+    "masks": (save_masks, load_masks),
+    "adapter": (save_adapter, load_adapter),
+    "a run's checkpoint": (save_run, load_run),
+}
+
+
+@contextmanager
+def little_disk(size):
+    """No file gets larger than that, whoever writes it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def full(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("fails", ["header", "middle", "fsync", "replace"])
+def test_a_full_disk(name, fails, tmp_path, monkeypatch):
+    save, load = WRITERS[name]
+    save(tmp_path, 1)
+    assert load(tmp_path) == [1.0]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        if fails == "fsync":
+            patch.setattr(os, "fsync", full)
+        elif fails == "replace":
+            for call in ("replace", "rename"):
+                patch.setattr(os, call, full)
+            patch.setattr("rmtllmf.taskvec._adapter_save._exchanged", lambda one, other: False)
+        size = {"header": 60, "middle": SIZE}.get(fails, 1 << 30)
+        with pytest.raises(OSError) as error, little_disk(size):  # noqa: PT011 (the number below)
+            save(tmp_path, 2)
+    assert error.value.errno in (errno.EFBIG, errno.ENOSPC)
+    if fails != "replace":  # which is the system's to name
+        assert str(tmp_path) in str(error.value), "the error says which file"
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert load(tmp_path) == [1.0]
+    save(tmp_path, 2)
+    assert load(tmp_path) == [2.0]
+
+
+@pytest.mark.parametrize("size", [10, 300, 9000])
+@pytest.mark.parametrize("target", ["out.safetensors", "out"])
+def test_a_full_disk_while_files_are_fused(size, target, tmp_path):
+    """What is left says so by its name, and the next run goes on with it; what was there stays meanwhile."""
+    (tmp_path / "in").mkdir()
+    for seed in (0, 1):
+        save_file(
+            {"w": torch.full((SIZE,), float(seed)), "v": torch.ones(SIZE)}, tmp_path / "in" / f"{seed}.safetensors"
+        )
+    base, tuned = tmp_path / "in" / "0.safetensors", [tmp_path / "in" / "1.safetensors"]
+    out = tmp_path / target
+    if target == "out.safetensors":
+        save_file({"w": torch.full((1,), 7.0)}, out)
+    with pytest.raises(OSError) as error, little_disk(size):  # noqa: PT011 (the number below)
+        fuse_files(base, tuned, out)
+    assert error.value.errno == errno.EFBIG
+    assert str(tmp_path) in str(error.value)
+    if target == "out.safetensors":
+        assert load_file(out)["w"].tolist() == [7.0]
+    else:
+        assert not out.exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"in", target, f".{target}.part", f".{target}.part.journal"}
+    fuse_files(base, tuned, out, scale=1.0)
+    assert {path.name for path in tmp_path.iterdir()} == {"in", target}
+    found = load_file(out / "0.safetensors" if out.is_dir() else out)
+    assert found["w"].unique().tolist() == [1.0]
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid"), reason="users of POSIX")
+def test_folders_that_are_read_only():
+    """In a process that is not root, to whom no folder is read only."""
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "helpers" / "read_only_worker.py")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert set(found) == {"vector", "masks", "adapter", "a run's checkpoint", "fuse_files"}
+    for name, (kind, message, same) in found.items():
+        assert kind == "PermissionError", (name, message)
+        assert "/locked" in message, (name, message)
+        assert same, name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("what", ["vector", "adapter"])
+def test_killed_before_any_line(what, tmp_path):
+    """A process that saves is killed at every line: what is there is the old or the new, as a whole."""
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "helpers" / "killed_saves.py"), str(tmp_path), what],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    lines, old, new = map(int, run.stdout.split())
+    assert lines > 20
+    assert old > 0
+    assert new > 0
