@@ -15,6 +15,7 @@ from helpers.readers import READERS, entry, layer, packed, state, unpacked
 from rmtllmf._safetensors import LONGEST_HEADER, TensorFile
 from rmtllmf.errors import InputError, NonFiniteError
 from rmtllmf.taskvec import MaskedVectors, TaskVector, adapter_vector, fuse_files, load_routed
+from rmtllmf.taskvec._checkpoint import Checkpoint
 
 NOTE = {"rmtllmf": "task_vector", "version": "1", "tied": "{}"}
 W = {"w": entry()}
@@ -145,6 +146,8 @@ def test_a_file_that_is_larger_than_memory(tmp_path):
         TaskVector.load(path)
     with pytest.raises(InputError, match=r"'w' has 8796093022208 bytes, too many to read"):
         TaskVector.between({"w": torch.zeros(2)}, path)
+    with pytest.raises(InputError, match=r"'w' has 8796093022208 bytes, too many to read"):
+        Checkpoint(path, "base")["w"]
 
 
 def test_numbers_that_are_none(tmp_path):

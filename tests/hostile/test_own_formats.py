@@ -107,9 +107,9 @@ def test_many_tasks_are_read_in_the_time_that_it_takes_to_read_them(tmp_path):
     masks = {f"mask.{task}.w": torch.ones(1, dtype=torch.uint8) for task in range(count)}
     path = tmp_path / "m.safetensors"
     save_file({"vector.w": torch.ones(8), "rescalers": torch.ones(count, dtype=torch.float64), **masks}, path, MASKED)
-    start = time.monotonic()
+    start = time.process_time()
     assert len(MaskedVectors.load(path)) == count
-    assert time.monotonic() - start < 30  # 400 million steps take minutes
+    assert time.process_time() - start < 6  # one, and more than ten where every task looks through all names
 
 
 def test_a_factor_that_overflows(tmp_path):

@@ -75,7 +75,11 @@ def test_readers_beside_a_writer(name, tmp_path):
     def reading():
         try:
             while not done.is_set():
-                seen.add(same(read(tmp_path)))
+                try:
+                    seen.add(same(read(tmp_path)))
+                except InputError:  # two files, of two adapters if the folder is exchanged often enough: never a mix
+                    if name != "adapter":
+                        raise
         except BaseException as error:
             failed.append(error)
 

@@ -134,6 +134,28 @@ def test_a_full_disk_while_files_are_fused(size, target, tmp_path):
     assert found["w"].unique().tolist() == [1.0]
 
 
+def test_a_run_that_was_interrupted_when_only_the_name_was_missing(tmp_path, monkeypatch):
+    """The small files beside the shards are there already: they are written again, and a link in their place is not."""
+    for name, value in (("base", 0.0), ("tuned", 1.0)):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.full((3,), value)}, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text(name)
+    victim = tmp_path / "victim"
+    victim.write_text("somebody's notes")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            fuse_files(tmp_path / "base", [tmp_path / "tuned"], tmp_path / "out")
+    planted = tmp_path / ".out.part" / "config.json"
+    assert planted.read_text() == "base"
+    planted.unlink()
+    planted.symlink_to(victim)
+    fuse_files(tmp_path / "base", [tmp_path / "tuned"], tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == "base"
+    assert not (tmp_path / "out" / "config.json").is_symlink()
+    assert victim.read_text() == "somebody's notes"
+
+
 @pytest.mark.skipif(not hasattr(os, "setuid"), reason="users of POSIX")
 def test_folders_that_are_read_only():
     """In a process that is not root, to whom no folder is read only."""
