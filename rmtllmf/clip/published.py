@@ -139,7 +139,11 @@ def load_finetuned(
         _check_config(path / "config.json", expected, base if isinstance(base, nn.Module) else None, label)
     checkpoint = Checkpoint(path, label)
     try:
+        for name, spec in checkpoint.specs.items():
+            if not spec.dtype.is_floating_point and not name.endswith("embeddings.position_ids"):
+                raise StateMismatchError(f"{label}[{name!r}] is {spec.dtype}; expected a floating-point tensor")
         theirs = dict(checkpoint.items())
+        checkpoint.check_unchanged()
     finally:
         checkpoint.close()
     tuned = converted(theirs, label, drop_text_tower)

@@ -17,6 +17,7 @@ from ..errors import InputError, ShapeError, StateMismatchError
 from ._adapter_parts import AdapterVector, BaseModel, Part, StoredFile, combined, reader
 from ._adapter_patterns import Patterns
 from ._sources import Spec
+from ._steady import steady
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FACTOR = re.compile(
@@ -41,8 +42,8 @@ ELSE = "load it with PEFT and pass the PeftModel, or merge it there and use Task
 
 def from_file(path: str, prefix: str, adapter_name: str | None, base: BaseModel | None) -> AdapterVector:
     """What `adapter_vector` returns for a path."""
-    folder, label = _folder(path, adapter_name), f"adapter {path!r}"
-    config, weights = _read(folder, label)
+    label = f"adapter {path!r}"
+    config, weights = _read(path, adapter_name, label)
     factors, replaced = _sorted_out(weights, prefix, adapter_name, label)
     if config.get("modules_to_save"):  # with bias="all" PEFT also writes the biases of the copy and of the original
         again = {key for key in replaced if (own := COPY.sub("", key)) != key and own in replaced}
@@ -74,8 +75,8 @@ def check_config(config: Mapping[str, Any], label: str) -> None:
         )
 
 
-def _folder(path: str, adapter_name: str | None) -> str:
-    folder = os.path.dirname(path) or "." if os.path.basename(path) == WEIGHTS else path
+def _folder(folder: str, adapter_name: str | None) -> str:
+    """That of the adapter: the one given, or the one in it that has the adapter's name."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(
             f"adapter: there is no folder {folder!r}; expected one that PeftModel.save_pretrained wrote"
@@ -90,16 +91,19 @@ def _folder(path: str, adapter_name: str | None) -> str:
     return folder
 
 
-def _read(folder: str, label: str) -> tuple[dict[str, Any], StoredFile]:
-    """The two files, of one folder: it may be replaced meanwhile."""
-    for _ in range(100):
-        before = os.stat(folder)
-        config = _config(folder, label)
-        weights = StoredFile(os.path.join(folder, WEIGHTS), label, inside=folder)
-        if os.path.samestat(before, os.stat(folder)):
-            return config, weights
-        weights.close()
-    raise InputError(f"{label}: the folder is replaced whenever it is read; expected one that stays for a moment")
+def _read(path: str, adapter_name: str | None, label: str) -> tuple[dict[str, Any], StoredFile]:
+    """The configuration and the weights, both of one adapter: its folder may be replaced meanwhile."""
+    outer = os.path.dirname(path) or "." if os.path.basename(path) == WEIGHTS else path
+
+    def read() -> tuple[dict[str, Any], StoredFile]:
+        folder = _folder(outer, adapter_name)
+
+        def both() -> tuple[dict[str, Any], StoredFile]:
+            return _config(folder, label), StoredFile(os.path.join(folder, WEIGHTS), label, inside=folder)
+
+        return both() if folder == outer else steady(folder, both, label)
+
+    return steady(outer, read, label) if os.path.isdir(outer) else read()
 
 
 def _config(folder: str, label: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 
@@ -433,6 +434,17 @@ def test_numbers_that_are_none(tmp_path, base):
     state["ln_pre.bias"][3] = torch.nan
     written(tmp_path, state)
     with pytest.raises(NonFiniteError, match=r"'ln_pre.bias'\] holds 1 non-finite"):
+        load_finetuned(tmp_path, base)
+
+
+def test_weights_that_are_whole_numbers(tmp_path, base):
+    theirs = to_hugging_face(tuned(base))
+    name = next(name for name in theirs if name.endswith("layer_norm1.weight"))
+    save_file(
+        {key: tensor.clone() for key, tensor in theirs.items()} | {name: theirs[name].int()},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(StateMismatchError, match=rf"{re.escape(name)}'\] is torch.int32; expected a floating-point"):
         load_finetuned(tmp_path, base)
 
 

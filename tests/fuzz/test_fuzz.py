@@ -27,7 +27,7 @@ def prepared(request, tmp_path, monkeypatch):
     return reader, tmp_path, {path: path.read_bytes() for path in files(tmp_path)}
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=40))
 def test_damaged_files_are_read_or_refused(prepared, data):
     reader, folder, valid = prepared

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from math import prod
 
 MANY = 100_000
 VALUES = (
@@ -125,10 +126,9 @@ def _rebuilt(content, choices):
 
 
 def _size(what):
-    size = 1
-    for width in what.get("shape", ()):
-        size *= width
-    return size
+    shape = what.get("shape")
+    sane = isinstance(shape, list) and all(type(width) is int and 0 <= width < MANY for width in shape[:9])
+    return prod(shape[:9]) if sane else 1
 
 
 def _said(content, choices):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,8 @@ from torch import nn
 from paper import _checkpoints
 from paper.results import Results, ResultsError
 from rmtllmf._state import check_finite
-from rmtllmf.errors import InputError, NonFiniteError
+from rmtllmf.clip import load_finetuned, to_hugging_face
+from rmtllmf.errors import InputError, NonFiniteError, RmtllmfWarning
 from rmtllmf.taskvec import (
     MaskedVectors,
     TaskVector,
@@ -173,6 +176,27 @@ def _run(folder):
     _checkpoints.put(layer(), found.tensors)
 
 
+@cache
+def _tower():
+    from open_clip.transformer import VisionTransformer  # takes seconds to import
+
+    torch.manual_seed(0)
+    return VisionTransformer(8, 4, width=16, layers=1, heads=2, mlp_ratio=2.0, output_dim=8)
+
+
+def _make_published(folder):
+    theirs = {key: tensor.clone() for key, tensor in to_hugging_face(_tower()).items()}
+    save_file(theirs, folder / "model.safetensors")
+    config = {"hidden_act": "gelu", "num_attention_heads": 2, "layer_norm_eps": 1e-5, "image_size": [8, 8]}
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": config}))
+
+
+def _published(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RmtllmfWarning)  # it differs a lot from the base
+        check_finite(load_finetuned(folder, _tower()), "the tower")
+
+
 READERS = {
     "between": Reader(_make_pair, _between),
     "fuse_files": Reader(
@@ -184,6 +208,7 @@ READERS = {
     "adapter": Reader(_make_adapter, _adapter),
     "smile": Reader(_make_routed, _routed("smile.safetensors")),
     "twin": Reader(_make_twin, _routed("twin.safetensors")),
+    "load_finetuned": Reader(_make_published, _published),
     "results": Reader(_make_results, _results),
     "a run's checkpoint": Reader(_make_run, _run),
 }
