@@ -3,11 +3,19 @@
 import numpy as np
 import pytest
 
-from helpers import bad_input_channel, bad_input_models, bad_input_protection, bad_input_scenario, bad_input_symbols
+from helpers import (
+    bad_input_channel,
+    bad_input_fusion,
+    bad_input_models,
+    bad_input_protection,
+    bad_input_scenario,
+    bad_input_symbols,
+)
 from rmtllmf.channel import barrage_covariance, strongest_user_covariance, worst_case
 
 CASES = [
     *bad_input_channel.CASES,
+    *bad_input_fusion.CASES,
     *bad_input_models.CASES,
     *bad_input_protection.CASES,
     *bad_input_scenario.CASES,

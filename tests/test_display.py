@@ -7,14 +7,30 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from rmtllmf import _display
 from rmtllmf.channel import Uplink, UplinkScenario, lmmse, sic, worst_case
 from rmtllmf.metrics import DisentanglementGrid, DisturbanceTest
-from rmtllmf.resilience import CrossValidation, Encoding, Realignment, ScaleSearch
-from rmtllmf.taskvec import ConcreteMask, LearnedWeights, RouterTraining, TaskVector
+from rmtllmf.resilience import CrossValidation, Encoding, Protection, Realignment, ScaleSearch
+from rmtllmf.taskvec import (
+    ConcreteMask,
+    DefenseAwareMask,
+    HiddenLayer,
+    LearnedWeights,
+    Mergeability,
+    ParetoFront,
+    RouterTraining,
+    TaskVector,
+    emr,
+    low_rank,
+    reversible_merging,
+    smile,
+    twin_merging,
+)
 
 LOSSES = tuple(1 / (step + 1) for step in range(1000))
+LINEAR = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
 
 
 @pytest.mark.parametrize(
@@ -95,6 +111,34 @@ def test_names_are_escaped_in_a_notebook_and_long_vectors_cut():
         ),
         (LearnedWeights({str(i): (0.25, i / 100) for i in range(100)}, LOSSES), ["0.25; 0 to 0.99", "1,000 steps"]),
         (ConcreteMask({"w": torch.zeros(1000)}, LOSSES), ["1 tensor, 1,000 entries"]),
+        (
+            DefenseAwareMask({"w": torch.zeros(1000)}, {}, LOSSES, LOSSES),
+            ["1 tensor, 1,000 entries", "loss 1 to 0.001"],
+        ),
+        (
+            ParetoFront(
+                ("a", "b"), "accuracy", True, torch.zeros(7, 2), torch.eye(2), None, torch.zeros(9, 2), *[()] * 3
+            ),
+            ["7 points from 9 samples", "predicted accuracy: a 0 to 1, b 0 to 1"],
+        ),
+        (
+            Mergeability((HiddenLayer("MLP", ("up", "down"), 0.5, 1.25, 2.0, 0.75, False),), ("odd",)),
+            [
+                "1 hidden layer, 1 not mergeable, 1 name unchecked",
+                "MLP of up, down: changed by 0.50, their product by 1.25",
+            ],
+        ),
+        (emr([{"w": torch.ones(1000)}] * 2).masks[0], ["Masks(1 tensor, 1,000 entries)"]),
+        (reversible_merging([low_rank({"w": torch.eye(3)}, 1)] * 2), ["2 tasks, 1 matrices, largest error 0"]),
+        (
+            smile(nn.Linear(3, 2), [LINEAR] * 2, rank=1, gate_rank=1),
+            ["in_features=3, out_features=2, experts=2, rank=1, gate_rank=1, top_k=1"],
+        ),
+        (twin_merging(nn.Linear(3, 2), [LINEAR] * 2, rank=1).model, ["in_features=3, out_features=2, tasks=2, rank=1"]),
+        (
+            Protection((0,), {1: "copies 0"}, None, {}, 0.5, TaskVector(LINEAR), Realignment((0.5, 0.25), (), 0.0)),
+            ["user 1 left out: copies 0", "the update times 0.5", "realigned in 2 steps, loss 0.5 to 0.25"],
+        ),
         (RouterTraining(("a", "b"), (10, 10), LOSSES, 95.0), ["a, b", "20 inputs", "1,000 epochs", "95.0 %"]),
         (RouterTraining(("a", "b"), (10, 10), (), 50.0), ["0 epochs"]),
         (
@@ -113,6 +157,6 @@ def test_names_are_escaped_in_a_notebook_and_long_vectors_cut():
 )
 def test_results_in_a_line(value, parts):
     shown = repr(value)
-    assert len(shown) < 200
+    assert len(shown) < 250
     for part in parts:
         assert part in shown

@@ -77,7 +77,7 @@ def by_accuracy(held: Held, vectors: list[TaskVector]) -> Update:
     models = [held.model(vector) for vector in vectors]
     tasks = held.shots().values()
     found = [accuracy(model, batches, head=head) for model, (head, batches) in zip(models, tasks, strict=True)]
-    return tv.metrics_weighted_average(vectors, found, better="higher", scale=0.3 * len(vectors))
+    return tv.metrics_weighted_average(vectors, found, larger_is_better=True, scale=0.3 * len(vectors))
 
 
 def restored(compress: Callable[..., Any]) -> Candidate:

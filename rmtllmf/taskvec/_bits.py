@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._display import counted
+
 _SPREAD = 0x0101010101010101  # times a byte: that byte eight times
 _DIAGONAL = 0x8040201008040201 - (1 << 64)  # bit k of byte k, as a signed number
 _GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: byte k's is bit 56 + k
@@ -71,4 +73,4 @@ class Masks(Mapping[str, Tensor]):
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
-        return f"Masks({len(self)} tensors, {sum(map(prod, self.shapes.values())):,} entries)"
+        return f"Masks({counted(len(self), 'tensor')}, {sum(map(prod, self.shapes.values())):,} entries)"

@@ -277,12 +277,16 @@ def _among(values: Tensor, kept: int) -> tuple[float, int, int]:
     """The smallest of the `kept` largest values, how many equal to it are kept, and how many there are."""
     place = len(values) - kept
     if values.device.type != "cpu":
-        ordered = values.sort().values
-        threshold = ordered[place]
-        larger, equal = torch.stack([(values > threshold).sum(), (values == threshold).sum()]).tolist()
-        return float(threshold), kept - larger, equal
+        return _among_by_torch(values, kept)
     array = values.numpy()
     array.partition(place)
     threshold = array[place]
     larger, equal = np.count_nonzero(array[place:] > threshold), np.count_nonzero(array == threshold)
     return float(threshold), kept - int(larger), int(equal)
+
+
+def _among_by_torch(values: Tensor, kept: int) -> tuple[float, int, int]:
+    """The same on any device."""
+    threshold = values.sort().values[len(values) - kept]
+    larger, equal = torch.stack([(values > threshold).sum(), (values == threshold).sum()]).tolist()
+    return float(threshold), kept - larger, equal

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal, get_args
 
 from typing_extensions import Unpack
 
@@ -17,15 +16,13 @@ from ._linear import weighted_sum
 
 __all__ = ["metric_weights", "metrics_weighted_average"]
 
-Better = Literal["lower", "higher"]
-
 
 def metrics_weighted_average(
     vectors: Iterable[Tensors],
     metrics: Iterable[float],
     penalty: float = 1.0,
     *,
-    better: Better = "lower",
+    larger_is_better: bool = False,
     scale: float = 1.0,
     **options: Unpack[FusionOptions],
 ) -> TaskVector:
@@ -38,7 +35,7 @@ def metrics_weighted_average(
         metrics: :math:`m_q`, a positive number for each vector, such as its loss, or its number of training steps.
         penalty: p, at least 0: how much worse ones are made to suffer. 0 is the plain mean; a large number leaves the
             best one alone.
-        better: "lower" for losses, with :math:`m^{-p}`; "higher" for accuracies and steps, with :math:`m^p`.
+        larger_is_better: False for losses, with :math:`m^{-p}`; True for accuracies and steps, with :math:`m^p`.
         scale: :math:`\lambda`; 1, as in the source.
         options: as for every rule, see `FusionOptions`. Weights multiply the vectors.
 
@@ -46,8 +43,8 @@ def metrics_weighted_average(
         The update, a `TaskVector`. Gradients flow to the vectors.
 
     Raises:
-        InputError: metrics that are not positive, a negative `penalty`, or a `better` that is none. ShapeError: not one
-            metric for each vector. Otherwise as `task_arithmetic`.
+        InputError: metrics that are not positive, or a negative `penalty`. ShapeError: not one metric for each vector.
+            Otherwise as `task_arithmetic`.
 
     Source: Yu and Choi, "Parameter-efficient checkpoint merging via metrics-weighted averaging", 2025: checkpoints of
     one run, weighted by training loss or steps and one penalty factor. That the penalty is an exponent is the choice of
@@ -62,37 +59,37 @@ def metrics_weighted_average(
     """
     fusion = Fusion(vectors, options)
     factor = plain_number(scale, "scale")
-    shares = metric_weights(metrics, penalty, better=better)
+    shares = metric_weights(metrics, penalty, larger_is_better=larger_is_better)
     if len(shares) != fusion.count:
         raise ShapeError(f"metrics: expected {fusion.count} numbers, one for each vector, got {len(shares)}")
     return weighted_sum(fusion, lambda key: [factor * a * w for a, w in zip(shares, fusion.weights(key), strict=True)])
 
 
-def metric_weights(metrics: Iterable[float], penalty: float = 1.0, *, better: Better = "lower") -> list[float]:
+def metric_weights(metrics: Iterable[float], penalty: float = 1.0, *, larger_is_better: bool = False) -> list[float]:
     r"""The weights of `metrics_weighted_average`, for use in any other rule: ``ties(vectors, weights=...)``.
 
     .. math:: w_q = \frac{m_q^{\mp p}}{\sum_{j=1}^{N} m_j^{\mp p}}
 
     Args:
         metrics: :math:`m_q`, positive numbers.
-        penalty, better: as in `metrics_weighted_average`.
+        penalty, larger_is_better: as in `metrics_weighted_average`.
 
     Returns:
         N weights that add up to 1.
 
     Raises:
-        InputError: no metrics or such as are not positive, a negative `penalty`, or a `better` that is none.
+        InputError: no metrics or such as are not positive, or a negative `penalty`.
 
     Source: Yu and Choi, "Parameter-efficient checkpoint merging via metrics-weighted averaging", 2025.
 
     Example:
-        >>> metric_weights([0.5, 0.9], better="higher")
+        >>> metric_weights([0.5, 0.9], larger_is_better=True)
         [0.357..., 0.642...]
         >>> metric_weights([1.0, 2.0], penalty=2.0)
         [0.8, 0.2]
     """
-    if better not in get_args(Better):
-        raise InputError(f"better: expected 'lower' or 'higher', got {better!r}")
+    if not isinstance(larger_is_better, bool):
+        raise TypeError(f"larger_is_better: expected True or False, got {larger_is_better!r}")
     power = finite_number(penalty, "penalty")
     if power < 0:
         raise InputError(f"penalty: expected a number of at least 0, got {power:g}")
@@ -101,7 +98,7 @@ def metric_weights(metrics: Iterable[float], penalty: float = 1.0, *, better: Be
     values = [finite_number(value, f"metrics[{index}]", positive=True) for index, value in enumerate(metrics)]
     if not values:
         raise InputError("metrics: expected at least one number, got none")
-    best = min(values) if better == "lower" else max(values)
-    ratios = [best / value if better == "lower" else value / best for value in values]  # at most 1: no overflow
+    best = max(values) if larger_is_better else min(values)
+    ratios = [value / best if larger_is_better else best / value for value in values]  # at most 1: no overflow
     weights = [ratio**power for ratio in ratios]
     return [weight / math.fsum(weights) for weight in weights]

@@ -21,10 +21,10 @@ def vectors(count, seed=0):
 @settings(deadline=None, max_examples=25)
 @given(values=losses, penalty=st.floats(0, 5))
 def test_the_formula(values, penalty):
-    for better, sign in (("lower", -1), ("higher", 1)):
+    for larger_is_better, sign in ((False, -1), (True, 1)):
         powers = [value ** (sign * penalty) for value in values]
         expected = [power / sum(powers) for power in powers]
-        assert metric_weights(values, penalty, better=better) == pytest.approx(expected, rel=1e-9)
+        assert metric_weights(values, penalty, larger_is_better=larger_is_better) == pytest.approx(expected, rel=1e-9)
     made = vectors(len(values))
     fused = metrics_weighted_average(made, values, penalty)["w"]
     torch.testing.assert_close(fused, weighted_average(made, weights=metric_weights(values, penalty))["w"])
@@ -36,7 +36,7 @@ def test_better_ones_count_for_more_and_the_penalty_says_how_much():
     best = [metric_weights(values, penalty)[1] for penalty in (0.0, 1.0, 2.0, 8.0, 1e6)]
     assert best == sorted(best)
     assert best[-1] == 1
-    assert metric_weights([100, 200, 300], better="higher") == pytest.approx([1 / 6, 1 / 3, 1 / 2])  # steps
+    assert metric_weights([100, 200, 300], larger_is_better=True) == pytest.approx([1 / 6, 1 / 3, 1 / 2])  # steps
     assert metric_weights([1e-300, 1e300], 3.0) == [1, 0]  # no overflow on the way
 
 
@@ -68,7 +68,7 @@ def test_gradients():
         ([1.0, "a"], {}, TypeError, r"metrics\[1\]: expected a real number, got str"),
         (0.5, {}, TypeError, "metrics: expected a number for each vector, got float"),
         ([1.0, 2.0], {"penalty": -1.0}, InputError, "penalty: expected a number of at least 0, got -1"),
-        ([1.0, 2.0], {"better": "more"}, InputError, "better: expected 'lower' or 'higher', got 'more'"),
+        ([1.0, 2.0], {"larger_is_better": "no"}, TypeError, "larger_is_better: expected True or False, got 'no'"),
         ([1.0, 2.0], {"scale": math.inf}, InputError, "scale"),
     ],
 )

@@ -91,15 +91,20 @@ def test_how_many():
 
 
 @pytest.mark.parametrize("groups", [[NAMES], [("a",), ("b",), ("c",)]], ids=["global", "tensor"])
-@pytest.mark.parametrize("direct", [True, False], ids=["collected", "sampled"])
+@pytest.mark.parametrize("way", ["collected", "sampled", "as on another device"])
 @settings(max_examples=60)
 @given(data=st.data())
-def test_whole_numbers_with_many_ties(groups, direct, data):
+def test_whole_numbers_with_many_ties(groups, way, data):
     patch = pytest.MonkeyPatch()
     try:
         patch.setattr(engine, "PIECE", 16)
         patch.setattr(selection, "RUN", 4)
-        if not direct:
+        if way == "as on another device":
+            patch.setattr(
+                selection, "_census", lambda part, _, at, dtype: selection._census_by_torch(part.abs().to(dtype), *at)
+            )
+            patch.setattr(selection, "_among", selection._among_by_torch)
+        if way != "collected":
             patch.setattr(selection, "SAMPLE", 1)
             patch.setattr(selection, "DEVIATIONS", data.draw(st.sampled_from([0.0, 1.0, 3.5])))  # 0: misses often
         peak = data.draw(st.sampled_from([0, 1, 3, 100]))
