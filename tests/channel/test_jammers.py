@@ -39,6 +39,14 @@ def test_strongest_user_ties_and_silence():
     np.testing.assert_allclose(strongest_user_covariance(np.ones((2, 3)) + 0j, 0.0, 3.0), 1.5 * np.eye(2))
 
 
+@pytest.mark.parametrize("unit", [1e-308, 1e-200, 1e200])
+def test_strongest_user_of_a_channel_whose_squares_leave_the_range_of_numbers(unit):
+    H = complex_normal(np.random.default_rng(2), 4, 3)
+    np.testing.assert_allclose(
+        strongest_user_covariance(H * unit, 1.0, 2.0), strongest_user_covariance(H, 1.0, 2.0), rtol=1e-6, atol=1e-12
+    )
+
+
 def test_barrage_is_white_with_the_trace():
     C = barrage_covariance(np.ones((4, 3, 2), np.complex64), np.array([1.0, 2.0, 3.0, 0.0]))
     assert C.dtype == np.complex64
