@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from statistics import mean
 from typing import Any
 
 from .claims import claims
 from .protocol import CONDITIONS, PROTECTIONS, Protocol
-from .table import COSINES, Cell, Row, Table, tabulate
+from .table import COSINES, Cell, Row, Table, half_width, tabulate
 
 __all__ = ["as_json", "claims", "formatted", "tabulate"]
 
@@ -56,6 +57,9 @@ def protections_table(table: Table) -> str:
     there = [name for name in PROTECTIONS if any(table.cell(condition, name) for condition in names)]
     lines = [(LABELS[name], [_text(table.cell(condition, name), "interval") for condition in names]) for name in there]
     lines += [(LABELS[name], [_text(table.cell(name), "interval")]) for name in ("base", "clean") if table.cell(name)]
+    apart = [table.differences((condition, "both"), ("base",)) for condition in names]
+    if any(apart):
+        lines.append(("both less the base, seed by seed", [_mean(values) for values in apart]))
     return _grid(head, [LABELS[name] for name in names], lines, 17)
 
 
@@ -109,6 +113,13 @@ def _text(cell: Cell | None, around: str) -> str:
         return "-"
     width = getattr(cell, around)
     return f"{100 * cell.mean:.1f}{'' if width is None else f' ± {100 * width:.1f}'}{'*' if cell.unfinished else ''}"
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    width = half_width(values)
+    return f"{100 * mean(values):.1f}{'' if width is None else f' ± {100 * width:.1f}'}"
 
 
 def _grid(head: str, columns: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]], width: int) -> str:

@@ -94,6 +94,14 @@ class Table:
             return None
         return [mean(v for s, v in zip(c.seeds, c.by_seed, strict=True) if s in seeds) for c in cells if c]
 
+    def differences(self, one: tuple[Any, ...], other: tuple[Any, ...]) -> list[float]:
+        """One cell less another, for each seed that both have complete."""
+        cells = [self.cell(*one), self.cell(*other)]
+        found = [
+            {s: v for s, v in zip(c.seeds, c.by_seed, strict=True) if s not in c.unfinished} if c else {} for c in cells
+        ]
+        return [found[0][seed] - found[1][seed] for seed in sorted(found[0].keys() & found[1].keys())]
+
     def conditions(self) -> list[str]:
         """The uplinks that there is anything of, in the paper's order."""
         there = {entry.condition for entry in (*self.cells, *self.uplinks)}

@@ -101,6 +101,17 @@ def test_text_tables_hold_the_numbers(rows):
     assert "seeds: 0, 1, 2" in text
 
 
+def test_differences_are_taken_seed_by_seed(rows):
+    table = tabulate(rows)
+    both, base = table.cell("sum_rate", "both"), table.cell("base")
+    apart = np.subtract(both.by_seed, base.by_seed)
+    line = next(line for line in protections_table(table).splitlines() if line.startswith("both less the base"))
+    assert line.rstrip().endswith(f" {100 * apart.mean():.1f} ± {100 * half_width(apart.tolist()):.1f}")
+    assert both.seeds == base.seeds
+    some = [row for row in rows if not (row["seed"] == 1 and row["condition"] == "base")]
+    assert tabulate(some).differences(("sum_rate", "both"), ("base",)) == pytest.approx(apart[[0, 2]])
+
+
 def test_json_reads_back(rows):
     value = as_json(rows)
     assert json.loads(json.dumps(value, allow_nan=False)) == value
