@@ -75,6 +75,13 @@ def test_a_silent_task_and_silent_columns():
     assert not fused(x)[:, 3].any()
 
 
+@pytest.mark.parametrize("silent", [[0, 1], [0, 1, 2]])
+def test_nothing_moves_where_one_task_or_none_says_anything(silent):
+    x = tasks()
+    x[silent] = 0
+    assert torch.equal(fused(x), fused(x, steps=0))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
