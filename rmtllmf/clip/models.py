@@ -91,10 +91,9 @@ def load(
         _check_name(open_clip, name, weights)
     elif weights is not None:
         raise InputError(f"pretrained: {name!r} brings its own weights; expected None, got {weights!r}")
-    options: dict[str, Any] = {}
-    if "weights_only" in inspect.signature(open_clip.create_model_and_transforms).parameters:
-        options["weights_only"] = True
-    elif weights is not None or ":" in name:
+    known = inspect.signature(open_clip.create_model_and_transforms).parameters
+    options: dict[str, Any] = {key: True for key in ("weights_only", "load_weights_only") if key in known}
+    if not options and (weights is not None or ":" in name):
         raise ImportError(
             f"rmtllmf.clip.load: open_clip {getattr(open_clip, '__version__', '')} would unpickle the weights; "
             "install a newer one: pip install -U open_clip_torch"
