@@ -1,7 +1,11 @@
 """Sphinx configuration. Build with: sphinx-build -W -b html docs docs/_build/html."""
 
+import re
 import sys
 from pathlib import Path
+
+from docutils import nodes
+from sphinx.domains.python import PyXRefRole
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -49,8 +53,56 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 napoleon_custom_sections = ["Source"]
-# `name` in single backquotes in a docstring is code
-default_role = "code"
+# `name` in single backquotes in a docstring is code, and a link where the name is one of the library's
+default_role = "name"
+# long formulas are broken into lines where the page is narrow
+mathjax4_config = {"output": {"displayOverflow": "linebreak"}}
 
 html_theme = "furo"
 html_title = f"rmtllmf {release}"
+html_static_path = ["_css"]
+html_css_files = ["site.css"]
+
+
+RAISED = re.compile(r"(?<=[;.]) (?=[A-Z]\w*(?:Error|Warning): )")
+
+
+class Name(PyXRefRole):
+    """A name in single backquotes in a docstring is looked up; anything else is code as it stands."""
+
+    def run(self):
+        if re.fullmatch(r"[A-Za-z_][\w.]*", self.text):
+            self.name = "py:obj"
+            return super().run()
+        return [nodes.literal(self.rawtext, self.text)], []
+
+
+def tidy(app, what, name, obj, options, lines):
+    """One line for each exception under Raises, and one for a source, before napoleon reads the docstring."""
+    joined, within = [], ""
+    for line in lines:
+        if line and not line.startswith(" "):
+            within = line.partition(":")[0]
+        deeper = line.startswith("    " * (2 if within == "Raises" else 1)) and line.strip()
+        if deeper and within in ("Raises", "Source") and joined[-1].strip():
+            joined[-1] += f" {line.strip()}"
+        else:
+            joined.append(line)
+    lines[:] = []
+    within = ""
+    for line in joined:
+        if line and not line.startswith(" "):
+            within = line.partition(":")[0]
+        parts = RAISED.split(line) if within == "Raises" else [line]
+        lines += [parts[0].rstrip(";"), *(f"    {part.rstrip(';')}" for part in parts[1:])]
+
+
+def plain_aliases(app, what, name, obj, options, signature, returns):
+    """Sphinx shows a short name within a union or a list by its repr."""
+    return tuple(text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in (signature, returns))
+
+
+def setup(app):
+    app.add_role("name", Name())
+    app.connect("autodoc-process-docstring", tidy, priority=400)
+    app.connect("autodoc-process-signature", plain_aliases)
