@@ -64,7 +64,8 @@ html_static_path = ["_css"]
 html_css_files = ["site.css"]
 
 
-RAISED = re.compile(r"(?<=[;.]) (?=[A-Z]\w*(?:Error|Warning): )")
+RAISES = re.compile(r"(?:\w*(?:Error|Warning), )*\w*(?:Error|Warning): ")
+RAISED = re.compile(rf"(?<=[;.]) (?={RAISES.pattern})")
 
 
 class Name(PyXRefRole):
@@ -78,23 +79,25 @@ class Name(PyXRefRole):
 
 
 def tidy(app, what, name, obj, options, lines):
-    """One line for each exception under Raises, and one for a source, before napoleon reads the docstring."""
-    joined, within = [], ""
+    """Before napoleon reads the docstring: an entry for each exception under Raises, and a source as one paragraph."""
+    sections = [[]]
     for line in lines:
-        if line and not line.startswith(" "):
-            within = line.partition(":")[0]
-        deeper = line.startswith("    " * (2 if within == "Raises" else 1)) and line.strip()
-        if deeper and within in ("Raises", "Source") and joined[-1].strip():
-            joined[-1] += f" {line.strip()}"
-        else:
-            joined.append(line)
+        if line.startswith(("Raises:", "Source:")) or (line and sections[-1][:1] and not line.startswith(" ")):
+            sections.append([])
+        sections[-1].append(line)
     lines[:] = []
-    within = ""
-    for line in joined:
-        if line and not line.startswith(" "):
-            within = line.partition(":")[0]
-        parts = RAISED.split(line) if within == "Raises" else [line]
-        lines += [parts[0].rstrip(";"), *(f"    {part.rstrip(';')}" for part in parts[1:])]
+    for section in sections:
+        if section[:1] == ["Raises:"]:
+            entries = RAISED.split(" ".join(line.strip() for line in section[1:]).strip())
+            others = [entry for entry in entries if not RAISES.match(entry)]  # such as "As `realign`."
+            lines += [f"Raises: {other[0].lower()}{other[1:].rstrip(';')}" for other in others]
+            if len(others) < len(entries):
+                lines += ["", "Raises:", *(f"    {entry.rstrip(';')}" for entry in entries if RAISES.match(entry))]
+            lines.append("")
+        elif section[:1] and section[0].startswith("Source:"):
+            lines += [" ".join(line.strip() for line in section).strip(), ""]
+        else:
+            lines += section
 
 
 def plain_aliases(app, what, name, obj, options, signature, returns):
