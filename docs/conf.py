@@ -82,7 +82,8 @@ def tidy(app, what, name, obj, options, lines):
     """Before napoleon reads the docstring: an entry for each exception under Raises, and a source as one paragraph."""
     sections = [[]]
     for line in lines:
-        if line.startswith(("Raises:", "Source:")) or (line and sections[-1][:1] and not line.startswith(" ")):
+        after = sections[-1][:1] == ["Raises:"] or sections[-1][-1:] == [""]
+        if line.startswith(("Raises:", "Source:")) or (after and line and not line.startswith(" ")):
             sections.append([])
         sections[-1].append(line)
     lines[:] = []
