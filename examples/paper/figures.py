@@ -145,11 +145,14 @@ def cosine_figure(rows: Sequence[Row], condition: str, *, protocol: Protocol | N
     size = len(up.cosines[COSINES[0]])
     names = table.tasks if len(table.tasks) == size else None
     margin = 2.0 + 0.09 * max(map(len, names or ["8"]))
-    figure = Figure(figsize=(3 * (margin + 0.5 * size), margin + 0.45 * size), layout="constrained")
-    for ax, kind, title in zip(figure.subplots(1, 3), COSINES, PANELS, strict=True):
+    # two panels wide, so that the numbers can be read on a page
+    figure = Figure(figsize=(2 * (margin + 0.42 * size), 2 * (margin + 0.34 * size)), layout="constrained")
+    *panels, empty = figure.subplots(2, 2).flat
+    empty.axis("off")
+    for ax, kind, title in zip(panels, COSINES, PANELS, strict=True):
         similarity_heatmap(up.cosines[kind], names, ax=ax)
-        low, high = up.ranges[kind]
-        ax.set_title(f"{title}\nbetween two tasks {low + 0.0:.2f} to {high + 0.0:.2f}", size=11)
+        low, high = (round(float(cosine), 2) + 0.0 for cosine in up.ranges[kind])  # + 0.0 turns -0.00 into 0.00
+        ax.set_title(f"{title}\nbetween two tasks {low:.2f} to {high:.2f}", size=11)
     seeds = f"; mean of {len(up.seeds)} seeds" if len(up.seeds) > 1 else ""
     figure.suptitle(f"cosines between task vectors: {UPLINKS[condition][0]}{seeds}")
     return figure

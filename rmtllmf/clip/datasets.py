@@ -35,8 +35,9 @@ class Dataset:
         name: one of `DATASETS`.
         classes: K names; the k-th is that of label k.
         templates: sentences with ``{}`` for the name of a class.
-        train, test: map-style datasets of (RGB image after the transform, int label). Their ``targets``, a list of all
-            labels, spares `rmtllmf.resilience.few_shot` from loading images.
+        train: a map-style dataset of (RGB image after the transform, int label). Its ``targets``, a list of all labels,
+            spares `rmtllmf.resilience.few_shot` from loading images.
+        test: the same for the test images.
         split: where the split into the two comes from, for the records of an experiment.
 
     Example:

@@ -27,7 +27,8 @@ class RejectionRate:
 
     Attributes:
         share: rejected inputs over all.
-        low, high: confidence interval of the share over all inputs of which these are a sample.
+        low: lower end of a confidence interval of the share over all inputs of which these are a sample.
+        high: its upper end.
         count: the number of inputs.
         expected: the share to expect under H0, that is at the tolerated variance: alpha (at most alpha for "any").
 

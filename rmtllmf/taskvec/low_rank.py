@@ -26,8 +26,9 @@ class LowRank:
     r"""Low-rank factors of an update, and what of it was not factored; see `low_rank`.
 
     Attributes:
-        A, B: name -> factor, (r, n) and (m, r): :math:`B A` is the matrix, the singular values split evenly. A
-            convolution kernel (m, c, h, w) is the matrix of m rows and c h w columns.
+        A: name -> factor (r, n).
+        B: name -> factor (m, r): :math:`B A` is the matrix, the singular values split evenly. A convolution kernel
+            (m, c, h, w) is the matrix of m rows and c h w columns.
         error: name -> :math:`\|\Delta - B A\|_F / \|\Delta\|_F` of a matrix, 0 if it is all zero.
         total_error: the same of the whole update, the rest included.
         rest: the entries that were not factored, as they are.

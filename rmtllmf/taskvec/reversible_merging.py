@@ -43,7 +43,8 @@ class ReversibleMerge:
     r"""The low-rank updates of N tasks in one basis; see `reversible_merging`.
 
     Attributes:
-        A, B: name -> `Basis` of the factors: its positions are the n columns of A (r, n), and the m rows of B (m, r).
+        A: name -> `Basis` of the factors A (r, n): its positions are their n columns.
+        B: name -> `Basis` of the factors B (m, r): its positions are their m rows.
         sizes: for each task name -> :math:`\|B A\|_F` of what was merged.
         errors: for each task name -> :math:`\|\hat B \hat A - B A\|_F / \|B A\|_F`, 0 if that is all zero.
         rest: for each task the entries that were not factored, as they are.

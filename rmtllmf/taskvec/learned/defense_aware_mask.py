@@ -85,12 +85,12 @@ def defense_aware_mask(
     with the logits :math:`z_i` of the model at :math:`\theta_0 + \lambda\, m \odot \sum_q \tau_q`, the mask m drawn
     from x as in `concrete_mask`, H the entropy of predictions, and one trigger :math:`\delta_i` for all inputs u of a
     task, a stand-in for one that an attacker may have hidden in a vector. A step takes two batches of every task: with
-    one the triggers are moved, with the other the mask, both by Adam, from 0. No labels are used. Everything is in
-    evaluation mode.
+    one the triggers are moved, with the other the mask, both by Adam, from 0. No labels are used. Inputs are
+    single floating-point tensors (B, ...), of one shape for a task but for B. Everything is in evaluation mode.
 
     Args:
         vectors, model, tasks, seed, base, scale, steps, lr, temperature, kind, weights, skip, progress: as for
-            `concrete_mask`. Inputs are single floating-point tensors (B, ...), of one shape for a task but for B.
+            `concrete_mask`.
         defense: :math:`\alpha`; 0: the mask is that of `concrete_mask` for every second batch. Measure what it is worth
             to you: in a linear model with a planted trigger the mask alone protected as well, and with 1 and more the
             trigger was obeyed more often ("entropy") or predictions suffered ("prediction").
