@@ -122,3 +122,14 @@ def _numbers(value: Any, count: int, argument: str) -> list[float]:
     if len(numbers) != count:
         raise ShapeError(f"{argument}: expected {count} numbers, one for each vector, got {len(numbers)}")
     return numbers
+
+
+def one_or_each(value: float | Iterable[float], argument: str, count: int) -> list[float]:
+    """A finite number for each vector, from one for all or as many as there are."""
+    if isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", None) != 0:
+        numbers = [finite_number(number, f"{argument}[{index}]") for index, number in enumerate(value)]
+    else:
+        numbers = [finite_number(value, argument)] * count
+    if len(numbers) != count:
+        raise ShapeError(f"{argument}: expected one number or {count}, one for each vector, got {len(numbers)}")
+    return numbers

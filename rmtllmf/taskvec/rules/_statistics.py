@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from ..._sharded import full
-from ..._state import Tensors, extrema, finite_number, quoted
+from ..._state import Tensors, extrema, quoted
 from ...errors import InputError, NonFiniteError, ShapeError, StateMismatchError
 from .._engine import Fusion
+from .._options import one_or_each
 
 
 def listed(given: Iterable[Tensors], argument: str, count: int | None = None) -> list[Tensors]:
@@ -76,12 +77,7 @@ def checked(found: Tensors, shapes: Mapping[str, tuple[int, ...]], label: str) -
 
 def shares(value: float | Sequence[float], argument: str, count: int) -> list[float]:
     """A number in (0, 1] for each vector, from one or N of them."""
-    if isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", None) != 0:
-        numbers = [finite_number(number, f"{argument}[{index}]") for index, number in enumerate(value)]
-    else:
-        numbers = [finite_number(value, argument)] * count
-    if len(numbers) != count:
-        raise ShapeError(f"{argument}: expected one number or {count}, one for each vector, got {len(numbers)}")
+    numbers = one_or_each(value, argument, count)
     for number in numbers:
         if not 0 < number <= 1:
             raise InputError(f"{argument}: expected shares in (0, 1], where 1 is all, got {number:g}")

@@ -10,9 +10,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..._state import Tensors, all_finite, finite_number, heuristic_scale, whole_number
-from ...errors import InputError, NonFiniteError, ShapeError
+from ...errors import InputError, NonFiniteError
 from .._engine import Fusion, Piece
-from .._options import FusionOptions, Weights
+from .._options import FusionOptions, Weights, one_or_each
 from .._sources import Source
 from ..vector import TaskVector
 from ._companion import companion
@@ -171,12 +171,7 @@ class Election:
 
 
 def _thresholds(threshold: Threshold, count: int) -> list[float]:
-    if isinstance(threshold, Iterable) and not isinstance(threshold, str) and getattr(threshold, "ndim", None) != 0:
-        numbers = [finite_number(number, f"threshold[{index}]") for index, number in enumerate(threshold)]
-    else:
-        numbers = [finite_number(threshold, "threshold")] * count
-    if len(numbers) != count:
-        raise ShapeError(f"threshold: expected one number or {count}, one for each vector, got {len(numbers)}")
+    numbers = one_or_each(threshold, "threshold", count)
     if min(numbers) < 0:
         raise InputError(f"threshold: expected a number of at least 0, got {min(numbers)}")
     return numbers
