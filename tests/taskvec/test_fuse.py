@@ -5,7 +5,6 @@ from functools import partial
 import pytest
 import torch
 
-import rmtllmf.taskvec._engine as engine
 from helpers.fusion_rules import ROWS
 from rmtllmf.errors import InputError, NonFiniteError, StateMismatchError
 from rmtllmf.taskvec import TaskVector, fuse, task_arithmetic, ties
@@ -13,9 +12,7 @@ from rmtllmf.taskvec import TaskVector, fuse, task_arithmetic, ties
 INF = float("inf")
 
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(engine, "PIECE", 8)
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 def model(seed, dtype=torch.float32):
