@@ -5,22 +5,33 @@ import pytest
 
 from helpers import (
     bad_input_channel,
+    bad_input_clip,
     bad_input_fusion,
-    bad_input_models,
+    bad_input_metrics,
+    bad_input_plot,
     bad_input_protection,
+    bad_input_resilience,
     bad_input_scenario,
     bad_input_symbols,
+    bad_input_transmit,
+    bad_input_vectors,
 )
 from rmtllmf.channel import barrage_covariance, strongest_user_covariance, worst_case
 
-CASES = [
-    *bad_input_channel.CASES,
-    *bad_input_fusion.CASES,
-    *bad_input_models.CASES,
-    *bad_input_protection.CASES,
-    *bad_input_scenario.CASES,
-    *bad_input_symbols.CASES,
-]
+TABLES = (
+    bad_input_channel,
+    bad_input_clip,
+    bad_input_fusion,
+    bad_input_metrics,
+    bad_input_plot,
+    bad_input_protection,
+    bad_input_resilience,
+    bad_input_scenario,
+    bad_input_symbols,
+    bad_input_transmit,
+    bad_input_vectors,
+)
+CASES = [case for table in TABLES for case in table.CASES]
 
 
 @pytest.mark.parametrize(("call", "error", "pattern"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
