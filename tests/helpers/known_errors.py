@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from rmtllmf.channel import Reception
@@ -18,3 +19,9 @@ def correlated(covariance, gain=None):
 def error(found, sent):
     """The sum of squares over all users and tensors."""
     return sum(float((a[key] - b[key]).double().square().sum()) for a, b in zip(found, sent, strict=True) for key in b)
+
+
+def random_psd(users, rank, seed, level=1.0):
+    draw = np.random.default_rng(seed)
+    A = draw.standard_normal((users, rank)) + 1j * draw.standard_normal((users, rank))
+    return torch.from_numpy(level * A @ A.conj().T / (2 * rank))

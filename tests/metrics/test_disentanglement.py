@@ -7,12 +7,9 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
+from helpers.draws import gaussian
 from rmtllmf.errors import StateMismatchError
 from rmtllmf.metrics import weight_disentanglement_error
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")

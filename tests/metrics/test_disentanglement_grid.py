@@ -5,14 +5,11 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
+from helpers.draws import gaussian
 from rmtllmf.errors import InputError, StateMismatchError
 from rmtllmf.metrics import disentanglement_grid, weight_disentanglement_error
 
 SCALES = (-0.5, 0.0, 0.4, 1.0)
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")

@@ -20,3 +20,11 @@ def setting():
         for k, name in enumerate("ab")
     }
     return base, heard, tasks
+
+
+@pytest.fixture
+def torch_seeded():
+    """Torch's own generator starts at 0, and is left as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield

@@ -9,13 +9,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers.draws import gaussian
 from rmtllmf.errors import InputError, NonFiniteError, ShapeError
 from rmtllmf.resilience import few_shot, realign
 from rmtllmf.resilience.cross_validation import steps_by_cross_validation
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Constant(nn.Module):

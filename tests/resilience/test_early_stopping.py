@@ -8,12 +8,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from helpers.draws import gaussian
 from rmtllmf.errors import InputError, NonFiniteError, ShapeError
 from rmtllmf.resilience import realign
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def encoder(seed=0):

@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.draws import double
+from helpers.sent_codes import errors_after_transmission, numbers
 from rmtllmf.channel import transmit
 from rmtllmf.errors import InputError, NonFiniteError, ShapeError, StateMismatchError
 from rmtllmf.resilience.coding import channel_uses
@@ -12,27 +14,8 @@ from rmtllmf.resilience.factors_code import factors_code
 from rmtllmf.resilience.low_rank_code import low_rank_code
 
 
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def numbers(code):
-    return sum(tensor.numel() for tensor in code.sent.values())
-
-
-def errors_after_transmission(code, mse, trials):
-    """Squared errors of the decoded vector against what decodes without noise, one for each trial."""
-    clean = code.decode(code.sent)
-    found = []
-    for seed in range(trials):
-        (received,) = transmit([code.sent], [mse], seed=seed)
-        decoded = code.decode(received)
-        found.append(sum(float((decoded[name] - clean[name]).square().sum()) for name in clean))
-    return np.array(found)
-
-
 def test_factors_that_exist_are_sent_as_they_are_or_balanced():
-    B, A = 1e-3 * normal(20, 4, seed=1), normal(4, 30, seed=2)
+    B, A = 1e-3 * double(20, 4, seed=1), double(4, 30, seed=2)
     as_is = factors_code({"w": (B, A)}, {"bias": torch.ones(3), "n": torch.tensor(2)}, balance=False)
     assert torch.equal(as_is.sent["w/B"], B)
     assert torch.equal(as_is.sent["w/A"], A)
@@ -52,7 +35,7 @@ def test_factors_that_exist_are_sent_as_they_are_or_balanced():
 
 
 def test_surplus_rank_is_dropped_by_balancing():
-    B, A = normal(5, 12, seed=1), normal(12, 7, seed=2)
+    B, A = double(5, 12, seed=1), double(12, 7, seed=2)
     code = factors_code({"w": (B, A)})
     assert code.sent["w/B"].shape == (5, 5)
     torch.testing.assert_close(code.decode(code.sent)["w"], B @ A, rtol=1e-9, atol=1e-9)
@@ -65,8 +48,8 @@ def test_a_fresh_adapter_is_no_update():
 
 
 def test_factors_shared_by_two_layers_are_sent_once():
-    A = normal(2, 30)
-    factors = {"u": (normal(10, 2, seed=1), A), "v": (normal(10, 2, seed=2), A)}
+    A = double(2, 30)
+    factors = {"u": (double(10, 2, seed=1), A), "v": (double(10, 2, seed=2), A)}
     code = factors_code(factors, balance=False)
     assert channel_uses(code) == (20 + 20 + 60) // 2
     (received,) = transmit([code.sent], [[0.1]] * 50, seed=0)

@@ -10,13 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from helpers.draws import gaussian
 from rmtllmf.errors import InputError, StateMismatchError
 from rmtllmf.resilience import embedding_keys, realign, resilient_fusion
 from rmtllmf.taskvec import TaskVector, task_arithmetic
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def vit(seed=0):

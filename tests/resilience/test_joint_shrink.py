@@ -1,4 +1,4 @@
-"""Joint shrinkage against the Bayes risk in closed form, against shrinkage of each user alone, and at its limits."""
+"""Joint shrinkage against the Bayes risk in closed form, and against shrinkage of each user alone."""
 
 import math
 import re
@@ -9,29 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmtllmf.channel import Reception, UplinkScenario, sic, strongest_user_covariance, transmit
+from helpers.draws import independent, normal
+from helpers.known_errors import correlated, error, random_psd
+from rmtllmf.channel import UplinkScenario, sic, strongest_user_covariance, transmit
 from rmtllmf.errors import InputError, NonFiniteError, NotPSDError, ShapeError, StateMismatchError
 from rmtllmf.resilience import joint_shrink, shrink
 from rmtllmf.taskvec import TaskVector
-
-
-def normal(*shape, seed=0):
-    return torch.as_tensor(np.random.default_rng(seed).standard_normal(shape))
-
-
-def independent(users, shapes, seed=0):
-    draw = np.random.default_rng(seed)
-    return [{key: torch.as_tensor(draw.standard_normal(shape)) for key, shape in shapes.items()} for _ in range(users)]
-
-
-def error(found, sent):
-    return sum(float((a[key] - b[key]).double().square().sum()) for a, b in zip(found, sent, strict=True) for key in b)
-
-
-def reception(E, gain=None):
-    E = torch.as_tensor(E).to(torch.complex128)
-    mse = E.diagonal(dim1=-2, dim2=-1).real
-    return Reception(mse, None, None, torch.ones_like(mse) if gain is None else gain, None, E, E)
 
 
 def attacked(seed, users=6):
@@ -39,12 +22,6 @@ def attacked(seed, users=6):
     up = UplinkScenario(num_users=users).draw(seed=seed)
     C = strongest_user_covariance(up.H, up.P, 124 * up.noise) + up.noise_covariance
     return sic(up.H, up.P, C, designed_for=up.noise_covariance, order="strongest_first")
-
-
-def random_psd(users, rank, seed, level=1.0):
-    draw = np.random.default_rng(seed)
-    A = draw.standard_normal((users, rank)) + 1j * draw.standard_normal((users, rank))
-    return torch.from_numpy(level * A @ A.conj().T / (2 * rank))
 
 
 @pytest.mark.parametrize("estimator", ["additive", "mmse", "unbiased"])
@@ -80,8 +57,8 @@ def test_every_part_is_multiplied_by_the_matrix_of_its_block():
             vector[key] *= energy[q, k] ** 0.5 / vector[key].square().mean().sqrt()
     V = torch.stack([random_psd(3, 4, seed) for seed in range(3)])
     gain = torch.tensor([[0.5, 1.5, -0.7], [1.0, 0.9, 0.8], [0.3, 1.1, 0.2]], dtype=torch.float64)
-    received = transmit(sent, reception(V, gain), seed=5, estimator="mmse", scale=1.0)
-    found = joint_shrink(received, reception(V, gain), estimator="mmse", scale=1.0)
+    received = transmit(sent, correlated(V, gain), seed=5, estimator="mmse", scale=1.0)
+    found = joint_shrink(received, correlated(V, gain), estimator="mmse", scale=1.0)
     X = torch.stack([torch.cat([vector[key].reshape(-1) for key in shapes]) for vector in received])
     length, starts = X.shape[1], np.cumsum([0, *(math.prod(shape) for shape in shapes.values())])
     assert length % 2 == 1 or starts[1] % 2 == 1
@@ -154,94 +131,10 @@ def test_common_signals_under_common_noise_are_told_apart():
     common = normal(size, seed=9)
     sent = [{"w": rho**0.5 * common + (1 - rho) ** 0.5 * normal(size, seed=q)} for q in range(2)]
     V = noise * np.array([[1, 0.9], [0.9, 1]])
-    received = transmit(sent, reception(V), seed=2, scale=1.0)
+    received = transmit(sent, correlated(V), seed=2, scale=1.0)
     S = np.array([[1, rho], [rho, 1]])
     best = size * np.trace(S - S @ np.linalg.solve(S + V, S))
-    assert error(joint_shrink(received, reception(V), scale=1.0), sent) == pytest.approx(best, rel=0.03)
-
-
-# Limits
-
-
-def test_perfectly_correlated_noise_is_taken_off_the_difference():
-    """Both users hear the same noise: the difference of what they sent is known exactly, and comes out exactly."""
-    sent = independent(2, {"w": (2000,), "b": (31,)})
-    V = torch.full((2, 2), 4.0, dtype=torch.float64)
-    received = transmit(sent, reception(V), seed=1, scale=1.0)
-    found, alone = joint_shrink(received, reception(V), scale=1.0), shrink(received, reception(V), scale=1.0)
-    for key in sent[0]:
-        difference = sent[0][key] - sent[1][key]
-        torch.testing.assert_close(found[0][key] - found[1][key], difference, rtol=0, atol=1e-9)
-    # left is half of the sum, of energy 1/2 beneath noise of 4, once in each user
-    best = 2 * 2031 * 0.5 * 4 / 4.5
-    assert error(found, sent) == pytest.approx(best, rel=0.1)
-    assert error(found, sent) <= 0.6 * error(alone, sent)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rank", [1, 2])
-def test_singular_covariances(dtype, rank):
-    sent = [{"w": vector["w"].to(dtype)} for vector in independent(5, {"w": (3001,)})]
-    V = random_psd(5, rank, seed=3, level=3.0)
-    received = transmit(sent, reception(V), seed=1, scale=1.0)
-    found = joint_shrink(received, reception(V), scale=1.0)
-    assert all(bool(vector["w"].isfinite().all()) for vector in found)
-    assert all(vector["w"].dtype == dtype for vector in found)
-    values, vectors = torch.linalg.eigh(V)
-    seen = vectors[:, values > 1e-9]
-    inverse = torch.linalg.inv(torch.eye(rank).to(V) + seen.mH @ V @ seen)
-    best = 3001 * float((torch.eye(rank).to(V) - inverse).diagonal().real.sum())
-    assert error(found, sent) == pytest.approx(best, rel=0.12)
-    assert error(found, sent) <= 0.6 * error(shrink(received, reception(V), scale=1.0), sent)
-
-
-def test_signals_without_energy_in_singular_noise():
-    """Nothing was sent by anyone, or by one user: no NaN, and what is left is zero but for what the noise allows."""
-    one = reception(torch.ones(2, 2, dtype=torch.float64))
-    nothing = [{"w": torch.zeros(501)} for _ in range(2)]
-    received = transmit(nothing, one, seed=0, scale=1.0)
-    for vector in joint_shrink(received, one, scale=1.0):
-        assert float(vector["w"].abs().max()) <= 1e-5
-    some = [{"w": torch.zeros(501)}, {"w": normal(501).float()}]
-    found = joint_shrink(transmit(some, one, seed=0, scale=1.0), one, scale=1.0)
-    assert error(found, some) < 0.1 * error(transmit(some, one, seed=0, scale=1.0), some)
-    assert not joint_shrink([{"w": torch.zeros(4)}] * 2, [0.1, 0.2])[0]["w"].any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_without_noise_the_bits_come_back(dtype):
-    received = [{"w": normal(4, 5, seed=q).to(dtype), "x": normal(3, seed=q + 5).to(dtype)} for q in range(3)]
-    for vector, found in zip(received, joint_shrink(received, [0.0] * 3), strict=True):
-        assert all(torch.equal(found[key], vector[key]) for key in vector)
-    V = torch.diag(torch.tensor([0.0, 0.5, 0.3], dtype=torch.float64))
-    V[1, 2] = V[2, 1] = 0.2
-    quiet, *loud = joint_shrink(received, reception(V), scale=1.0)
-    assert all(torch.equal(quiet[key], received[0][key]) for key in quiet)
-    assert not torch.equal(loud[0]["w"], received[1]["w"])
-    gain = torch.tensor([0.5, -4.0, 2.0], dtype=torch.float64)
-    found = joint_shrink(received, reception(torch.zeros(3, 3), gain), estimator="mmse")
-    for g, vector, mine in zip(gain, received, found, strict=True):
-        torch.testing.assert_close(mine["w"], (vector["w"].double() / g).to(dtype), rtol=0, atol=0)
-
-
-def test_a_silent_user_is_known_only_by_what_others_have_in_common_with_it():
-    """Gain 0: nothing of its own was heard; the others come out as without it."""
-    size = 20_000
-    common = normal(size, seed=7)
-    gain = torch.tensor([0.9, 0.0, 0.8], dtype=torch.float64)
-    V = torch.diag(torch.tensor([0.2, 0.3, 0.1], dtype=torch.float64))
-    sent = [{"w": 0.9 * common + 0.4 * normal(size, seed=q)} for q in range(3)]
-    received = transmit(sent, reception(V, gain), seed=0, estimator="mmse", scale=1.0)
-    found = joint_shrink(received, reception(V, gain), estimator="mmse", scale=1.0)
-    assert all(bool(vector["w"].isfinite().all()) for vector in found)
-    without = [received[0], received[2]]
-    two = joint_shrink(without, reception(V[::2, ::2], gain[::2]), estimator="mmse", scale=1.0)
-    for a, b in zip(two, (found[0], found[2]), strict=True):
-        torch.testing.assert_close(a["w"], b["w"], rtol=1e-6, atol=1e-9)
-    assert float(found[1]["w"].square().mean()) <= 1.0
-    assert error(found[1:2], sent[1:2]) <= size
-    zeros = joint_shrink(received[1:2], reception(V[1:2, 1:2], gain[1:2]), estimator="mmse", scale=1.0)
-    assert not zeros[0]["w"].any()
+    assert error(joint_shrink(received, correlated(V), scale=1.0), sent) == pytest.approx(best, rel=0.03)
 
 
 @given(
@@ -257,7 +150,7 @@ def test_the_error_is_never_above_that_of_shrink(users, rank, snr, share, shapes
     """But for 4 %: correlations are estimated from some hundred coefficients."""
     sent, common = independent(users, shapes, seed), independent(1, shapes, seed + 1)[0]
     sent = [{k: share**0.5 * common[k] + (1 - share) ** 0.5 * t for k, t in vector.items()} for vector in sent]
-    noise = reception(random_psd(users, rank, seed, level=10 ** (-snr / 10)))
+    noise = correlated(random_psd(users, rank, seed, level=10 ** (-snr / 10)))
     received = transmit(sent, noise, seed=seed, scale=1.0)
     joint, alone = joint_shrink(received, noise, scale=1.0), shrink(received, noise, scale=1.0)
     assert error(joint, sent) <= 1.04 * error(alone, sent)
@@ -285,7 +178,7 @@ def unlike(users, tensors, size, share, seed):
 def test_nor_for_energies_of_all_kinds(users, snr, share, size, seed):
     """But for 4 %, and 2 % of the noise's energy."""
     sent = unlike(users, 3, size, share, seed)
-    noise = reception(random_psd(users, users + 2, seed, level=10 ** (-snr / 10)))
+    noise = correlated(random_psd(users, users + 2, seed, level=10 ** (-snr / 10)))
     received = transmit(sent, noise, seed=seed, scale=1.0)
     joint, alone = joint_shrink(received, noise, scale=1.0), shrink(received, noise, scale=1.0)
     assert error(joint, sent) <= 1.04 * error(alone, sent) + 0.02 * error(received, sent)
@@ -296,7 +189,7 @@ def test_nor_where_some_directions_are_without_noise():
     sums = np.zeros(2)
     for seed in range(10):
         sent = unlike(8, 4, 50, 0.9, seed)
-        noise = reception(random_psd(8, 4, seed, level=15.0))
+        noise = correlated(random_psd(8, 4, seed, level=15.0))
         received = transmit(sent, noise, seed=seed, scale=1.0)
         sums += [error(f(received, noise, scale=1.0), sent) for f in (joint_shrink, shrink)]
     assert sums[0] <= 1.04 * sums[1]
@@ -309,9 +202,9 @@ def test_sensitivity_is_a_multiple_of_the_energies():
     """kappa S (kappa S + V)^-1, on a matrix whose energies the sample has exactly."""
     V = random_psd(2, 3, seed=1)
     sent = independent(2, {"a": (30_000,), "b": (30_000,)})
-    received = transmit(sent, reception(V), seed=2, scale=1.0)
-    found = joint_shrink(received, reception(V), scale=1.0, sensitivity={"b": 20.0})
-    plain = joint_shrink(received, reception(V), scale=1.0)
+    received = transmit(sent, correlated(V), seed=2, scale=1.0)
+    found = joint_shrink(received, correlated(V), scale=1.0, sensitivity={"b": 20.0})
+    plain = joint_shrink(received, correlated(V), scale=1.0)
     for key, kappa in (("a", 1.0), ("b", 20.0)):
         z = torch.stack([torch.view_as_complex(vector[key].view(-1, 2)) for vector in received])
         y = torch.stack([torch.view_as_complex(vector[key].view(-1, 2)) for vector in found])
@@ -328,13 +221,13 @@ def test_order_and_units_do_not_matter(scale):
         {key: 10.0**k * (q + 1) * t for k, (key, t) in enumerate(vector.items())}
         for q, vector in enumerate(independent(3, shapes))
     ]
-    plain = joint_shrink(received, reception(V), scale=scale)
+    plain = joint_shrink(received, correlated(V), scale=scale)
     order = [2, 0, 1]
-    turned = joint_shrink([received[q] for q in order], reception(V[order][:, order]), scale=scale)
+    turned = joint_shrink([received[q] for q in order], correlated(V[order][:, order]), scale=scale)
     renamed = joint_shrink(
-        [{f"{9 - i}{k}": t for i, (k, t) in enumerate(v.items())} for v in received], reception(V), scale=scale
+        [{f"{9 - i}{k}": t for i, (k, t) in enumerate(v.items())} for v in received], correlated(V), scale=scale
     )
-    bigger = joint_shrink([{k: 1e-9 * t for k, t in v.items()} for v in received], reception(V), scale=scale)
+    bigger = joint_shrink([{k: 1e-9 * t for k, t in v.items()} for v in received], correlated(V), scale=scale)
     for q in range(3):
         for i, key in enumerate(shapes):
             close = {"rtol": 1e-8, "atol": 1e-9 * float(received[q][key].abs().max())}
@@ -346,7 +239,7 @@ def test_order_and_units_do_not_matter(scale):
 def test_forms_ties_and_dtypes():
     tied = [normal(6, 5, seed=q) for q in range(2)]
     extra = {"bn.running_mean": torch.full((3,), 7.0), "steps": torch.tensor(5), "empty": torch.zeros(0, 4)}
-    noise = reception(random_psd(2, 3, seed=1))
+    noise = correlated(random_psd(2, 3, seed=1))
     received = [{"head": x, "embed": x, "half": x.to(torch.bfloat16), "odd": x[0, 0].clone(), **extra} for x in tied]
     before = [{key: tensor.clone() for key, tensor in vector.items()} for vector in received]
     found = joint_shrink(iter(received), noise, scale=1.0)
@@ -378,7 +271,7 @@ BAD = {
     "one mapping": ((GOOD[0], PAIR), {}, TypeError, "sequence of mappings"),
     "other keys": (([GOOD[0], {"w": torch.eye(4)}], PAIR), {}, StateMismatchError, "'b'"),
     "users": ((GOOD, [0.1, 0.1, 0.1]), {}, ShapeError, "2 vectors"),
-    "not PSD": ((GOOD, reception([[1.0, 2.0], [2.0, 1.0]])), {}, NotPSDError, "error_covariance"),
+    "not PSD": ((GOOD, correlated([[1.0, 2.0], [2.0, 1.0]])), {}, NotPSDError, "error_covariance"),
     "estimator": ((GOOD, PAIR), {"estimator": "best"}, InputError, "estimator: expected one of"),
     "scale": ((GOOD, PAIR), {"scale": "tensor_peak"}, InputError, "scale: the peak"),
     "sensitivity 0": ((GOOD, PAIR), {"sensitivity": 0}, InputError, "sensitivity: expected a positive finite number"),
@@ -390,7 +283,7 @@ BAD = {
     ),
     "NaN": ((NAN, [0.1]), {"scale": 1.0}, NonFiniteError, re.escape("received[0]['w'] holds NaN")),
     "overflow": (
-        ([{"w": torch.full((40, 4), 6e4, dtype=torch.float16)}], reception([[0.1]], torch.tensor([0.01]))),
+        ([{"w": torch.full((40, 4), 6e4, dtype=torch.float16)}], correlated([[0.1]], torch.tensor([0.01]))),
         {"scale": 1.0, "estimator": "mmse"},
         NonFiniteError,
         "overflow torch.float16",

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
+from helpers.draws import double, rounded
+from helpers.sent_codes import errors_after_transmission, numbers
 from rmtllmf.channel import transmit
 from rmtllmf.errors import InputError, NonFiniteError, StateMismatchError
 from rmtllmf.resilience.coding import repetitions
@@ -15,13 +17,9 @@ from rmtllmf.resilience.power_loading import power_loading
 from rmtllmf.taskvec import TaskVector
 
 
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 def matrix(m, n, values, seed=0):
     """A float64 matrix with these singular values."""
-    U, V = (torch.linalg.qr(normal(size, len(values), seed=seed + i)).Q for i, size in enumerate((m, n)))
+    U, V = (torch.linalg.qr(double(size, len(values), seed=seed + i)).Q for i, size in enumerate((m, n)))
     return U * torch.tensor(values, dtype=torch.float64) @ V.T
 
 
@@ -29,15 +27,11 @@ def singular_values(tensor):
     return np.linalg.svd(tensor.double().flatten(1).numpy(), compute_uv=False)
 
 
-def numbers(code):
-    return sum(tensor.numel() for tensor in code.sent.values())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (17, 17), (20, 4, 3, 3)])
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_without_noise_the_error_is_that_of_eckart_and_young(shape, rank, dtype):
-    tensor = normal(*shape, seed=1, dtype=dtype)
+    tensor = rounded(*shape, seed=1, dtype=dtype)
     code = low_rank_code({"w": tensor}, rank)
     m, n = tensor.flatten(1).shape
     assert {name: tuple(part.shape) for name, part in code.sent.items()} == {"w/A": (rank, n), "w/B": (m, rank)}
@@ -53,7 +47,7 @@ def test_without_noise_the_error_is_that_of_eckart_and_young(shape, rank, dtype)
     rank=st.integers(1, 9),
 )
 def test_counts_are_those_of_the_factors_or_of_the_matrix(shapes, rank):
-    vector = {f"w{i}": normal(*shape, seed=i) for i, shape in enumerate(shapes)} | {"bias": normal(5)}
+    vector = {f"w{i}": double(*shape, seed=i) for i, shape in enumerate(shapes)} | {"bias": double(5)}
     code = low_rank_code(vector, rank)
     assert numbers(code) == 5 + sum(min(min(rank, m, n) * (m + n), m * n) for m, n in shapes)
     for name, tensor in code.decode(code.sent).items():
@@ -87,7 +81,7 @@ def test_users_share_the_rank_that_the_neediest_needs():
 
 @pytest.mark.parametrize("ratio", [0.2, 0.35, 0.5, 0.9])
 def test_ratio_is_a_bound_on_all_that_is_sent(ratio):
-    vector = {"a": normal(30, 40), "b": normal(60, 20), "c": normal(50, seed=2), "d": normal(1, 30, seed=3)}
+    vector = {"a": double(30, 40), "b": double(60, 20), "c": double(50, seed=2), "d": double(1, 30, seed=3)}
     total = 30 * 40 + 60 * 20 + 50 + 30
     code = low_rank_code(vector, ratio=ratio)
     assert numbers(code) <= ratio * total
@@ -100,15 +94,15 @@ def test_ratio_is_a_bound_on_all_that_is_sent(ratio):
 
 
 def test_ranks_by_name_leave_the_other_matrices_whole():
-    vector = {"a": normal(10, 10), "b": normal(10, 10, seed=1)}
+    vector = {"a": double(10, 10), "b": double(10, 10, seed=1)}
     code = low_rank_code(vector, {"a": 2})
     assert sorted(code.sent) == ["a/A", "a/B", "b"]
     torch.testing.assert_close(code.decode(code.sent)["b"], vector["b"])
 
 
 def test_what_is_left_out_decodes_to_zero():
-    shared = normal(10, 10)
-    vector = TaskVector({"a.w": shared, "tied": shared, "b.w": normal(10, 10, seed=1), "b.bias": normal(3)})
+    shared = double(10, 10)
+    vector = TaskVector({"a.w": shared, "tied": shared, "b.w": double(10, 10, seed=1), "b.bias": double(3)})
     code = low_rank_code(vector, 1, only=["tied", "b.bias"])  # a.w is the same memory
     assert sorted(code.sent) == ["a.w/A", "a.w/B", "b.bias"]
     decoded = code.decode(code.sent)
@@ -119,22 +113,11 @@ def test_what_is_left_out_decodes_to_zero():
 
 
 def test_names_do_not_depend_on_the_order_of_the_vector():
-    vector = {"b": normal(10, 10), "a": normal(10, 10, seed=1), "a.c": normal(3)}
+    vector = {"b": double(10, 10), "a": double(10, 10, seed=1), "a.c": double(3)}
     code, turned = (low_rank_code(dict(items), 1) for items in (vector.items(), reversed(vector.items())))
     assert list(code.sent) == list(turned.sent)
     for name, tensor in code.sent.items():
         torch.testing.assert_close(tensor, turned.sent[name], rtol=0, atol=0)
-
-
-def errors_after_transmission(code, mse, trials):
-    """Squared errors of the decoded vector against what decodes without noise, one for each trial."""
-    clean = code.decode(code.sent)
-    found = []
-    for seed in range(trials):
-        (received,) = transmit([code.sent], [mse], seed=seed)
-        decoded = code.decode(received)
-        found.append(sum(float((decoded[name] - clean[name]).square().sum()) for name in clean))
-    return np.array(found)
 
 
 def agrees(found, expected):
@@ -186,8 +169,8 @@ def test_no_other_split_of_the_scale_does_better(m, n):
 MIXED = {
     "a": 30 * matrix(10, 40, [2.0, 1.0]),
     "b": 0.1 * matrix(50, 30, [3.0, 1.0], seed=2),
-    "bias": 1e-2 * normal(25, seed=5),
-    "norm": 1e-4 * normal(10, seed=6),
+    "bias": 1e-2 * double(25, seed=5),
+    "norm": 1e-4 * double(10, seed=6),
 }
 
 

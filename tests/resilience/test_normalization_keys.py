@@ -8,26 +8,9 @@ import transformers
 from open_clip.transformer import LayerNormFp32, VisionTransformer
 from torch import nn
 
+from helpers.keyed_models import HF_TEXT, HF_VISION, T5
 from rmtllmf.resilience import realign
 from rmtllmf.resilience.keys import normalization_keys
-
-TINY = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
-TEXT = {
-    "vocab_size": 20,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 8,
-}
-T5 = {"vocab_size": 20, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
 
 
 def both(*owners):
@@ -48,7 +31,7 @@ MODELS = {
         both("blocks.0.norm1", "blocks.0.attn.q_norm", "blocks.0.attn.k_norm", "blocks.0.norm2", "norm"),
     ),
     "HF CLIP, misspelt": (
-        lambda: transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**TINY)),
+        lambda: transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**HF_VISION)),
         both(
             "vision_model.pre_layrnorm",
             "vision_model.encoder.layers.0.layer_norm1",
@@ -57,11 +40,11 @@ MODELS = {
         ),
     ),
     "HF BERT": (
-        lambda: transformers.BertModel(transformers.BertConfig(**TEXT)),
+        lambda: transformers.BertModel(transformers.BertConfig(**HF_TEXT)),
         both("embeddings.LayerNorm", "encoder.layer.0.attention.output.LayerNorm", "encoder.layer.0.output.LayerNorm"),
     ),
     "HF Llama, a class of its own without bias": (
-        lambda: transformers.LlamaModel(transformers.LlamaConfig(**TEXT)),
+        lambda: transformers.LlamaModel(transformers.LlamaConfig(**HF_TEXT)),
         {"layers.0.input_layernorm.weight", "layers.0.post_attention_layernorm.weight", "norm.weight"},
     ),
     "HF T5": (

@@ -9,18 +9,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers.draws import gaussian, seeded
 from rmtllmf.errors import InputError, NonFiniteError, ShapeError
 from rmtllmf.resilience.realign_heads import realign_heads
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def seeded(make, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return make()
 
 
 def encoder():

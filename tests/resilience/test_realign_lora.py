@@ -8,19 +8,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from helpers.draws import gaussian, seeded
+from helpers.realigned_models import TOKENS, Tied
 from rmtllmf.errors import InputError, NonFiniteError
 from rmtllmf.resilience import attention_keys
 from rmtllmf.resilience.realign_lora import realign_lora
-
-
-def gaussian(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def seeded(make, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return make()
 
 
 def mlp(dtype=torch.float64):
@@ -45,7 +37,7 @@ def transformer(dtype=torch.float64):
 def batches_of(model):
     shape = (6, 5) if isinstance(model, nn.Sequential) else (6, 4, 8)
     dtype = next(model.parameters()).dtype
-    return [(gaussian(*shape, seed=k, dtype=dtype), torch.arange(6) % 3) for k in range(2)]
+    return [(gaussian(*shape, seed=k).to(dtype), torch.arange(6) % 3) for k in range(2)]
 
 
 def state(model):
@@ -146,22 +138,6 @@ def test_only_the_attention_and_frozen_wins():
     assert changed == {"layer.self_attn.in_proj_weight"}
 
 
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(6, 4)
-        self.norm = nn.BatchNorm1d(4)
-        self.drop = nn.Dropout(0.5)
-        self.out = nn.Linear(4, 6, bias=False)
-        self.out.weight = self.embed.weight
-
-    def forward(self, x):
-        return self.out(self.drop(self.norm(self.embed(x))))
-
-
-TOKENS = [(torch.arange(6), torch.arange(6).roll(1))]
-
-
 @pytest.mark.parametrize("trainable", [None, "embed.weight", "out.weight"])
 def test_ties_hold_and_both_uses_are_trained(trainable):
     """Its gradient is that of both uses: what gradient descent adds tells it."""
@@ -237,7 +213,7 @@ def test_the_same_seed_gives_the_same_bits_and_draws_nothing_else():
 def test_half_precision_has_factors_in_float32(dtype):
     """Steps that would round to nothing add up, and what was trained is what is merged."""
     model = nn.Linear(5, 3).to(dtype)
-    batches = [(gaussian(6, 5, dtype=dtype), torch.arange(6) % 3)]
+    batches = [(gaussian(6, 5).to(dtype), torch.arange(6) % 3)]
     seen = []
 
     def optimizer(factors):
