@@ -10,40 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 from rmtllmf.channel import transmit
 from rmtllmf.errors import InputError, NonFiniteError, StateMismatchError
 from rmtllmf.taskvec import TaskVector, task_arithmetic
-
-
-class Net(nn.Module):
-    """Everything a checkpoint may hold: norm statistics, integers, booleans, a tied head."""
-
-    def __init__(self, seed=0):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.embed = nn.Embedding(7, 4)
-            self.norm = nn.BatchNorm1d(4)
-            self.head = nn.Linear(4, 7, bias=False)
-        self.head.weight = self.embed.weight
-        self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
-        self.register_buffer("used", torch.tensor([True, False]))
-
-
-@pytest.fixture
-def pair():
-    base = Net()
-    tuned = copy.deepcopy(base)
-    with torch.no_grad():
-        tuned.embed.weight += 0.5
-        tuned.norm.bias -= 0.25
-    tuned.norm.running_mean += 9
-    tuned.norm.num_batches_tracked += 3
-    tuned.used[1] = True
-    return base, tuned
 
 
 def test_between_holds_what_fine_tuning_changed_and_nothing_else(pair):
@@ -96,16 +66,6 @@ def test_double_precision_stays():
     assert float(tau["w"][0]) == pytest.approx(1e-12, rel=1e-3)
 
 
-def test_from_safetensors_files(pair, tmp_path):
-    base, tuned = pair
-    for name, model in (("base", base), ("tuned", tuned)):
-        state = {key: value.clone() for key, value in model.state_dict().items()}
-        save_file(state, tmp_path / f"{name}.safetensors")
-    from_files = TaskVector.between(tmp_path / "base.safetensors", str(tmp_path / "tuned.safetensors"))
-    direct = TaskVector.between(base, tuned)
-    assert all(torch.equal(from_files[key], direct[key]) for key in direct)
-
-
 @given(st.integers(0, 10**6), st.floats(-4, 4), st.floats(-4, 4))
 def test_vector_space(seed, a, b):
     source = torch.Generator().manual_seed(seed)
@@ -146,78 +106,6 @@ def test_ties_survive_every_operation(pair):
         assert result["embed.weight"].data_ptr() == result["head.weight"].data_ptr()
     untied = tau.map(lambda _, t: t.clone())
     assert untied["embed.weight"].data_ptr() != untied["head.weight"].data_ptr()
-
-
-def test_save_and_load(pair, tmp_path):
-    """Tied, non-contiguous, expanded, empty and 0-d tensors, views of one buffer, and half precision."""
-    buffer = torch.arange(24.0)
-    tau = TaskVector(
-        {
-            **TaskVector.between(*pair),
-            "transposed": torch.arange(12.0).view(3, 4).T,
-            "expanded": torch.tensor([1.0, 2.0]).expand(3, 2),
-            "head view": buffer[:8],
-            "overlapping view": buffer[4:12],
-            "empty": torch.empty(0, 3),
-            "scalar": torch.tensor(3.5),
-            "half": torch.tensor([1.5], dtype=torch.bfloat16),
-            "stepped": torch.arange(10.0)[::3],
-        }
-    )
-    path = tmp_path / "tau.safetensors"
-    tau.save(path)
-    back = TaskVector.load(path)
-    assert set(back) == set(tau)
-    for key in tau:
-        assert torch.equal(back[key], tau[key]), key
-        assert back[key].dtype == tau[key].dtype
-        assert back[key].shape == tau[key].shape
-    assert back["embed.weight"].data_ptr() == back["head.weight"].data_ptr()
-    assert "head.weight" not in load_file(path)  # stored once
-    assert [p.name for p in tmp_path.iterdir()] == ["tau.safetensors"]
-
-
-def test_saving_is_atomic(tmp_path, monkeypatch):
-    path = tmp_path / "tau.safetensors"
-    old = TaskVector({"w": torch.ones(3)})
-    old.save(path)
-
-    def full_disk(target, tensors, metadata):
-        with open(target, "wb") as file:
-            file.write(b"half a header")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("rmtllmf.taskvec._files.write", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        TaskVector({"w": torch.zeros(3)}).save(path)
-    assert torch.equal(TaskVector.load(path)["w"], torch.ones(3))
-    assert [p.name for p in tmp_path.iterdir()] == ["tau.safetensors"]
-
-
-def test_load_refuses_what_is_no_task_vector(tmp_path):
-    path = tmp_path / "model.safetensors"
-    save_file({"w": torch.ones(2)}, path)
-    with pytest.raises(InputError, match="no task vector"):
-        TaskVector.load(path)
-    with pytest.raises(FileNotFoundError):
-        TaskVector.load(tmp_path / "absent.safetensors")
-    header = {"rmtllmf": "task_vector", "version": "1"}
-    save_file({"w": torch.tensor([float("nan")])}, path, {**header, "tied": "{}"})
-    with pytest.raises(NonFiniteError, match="'w'"):
-        TaskVector.load(path)
-    for tied in ('{"v": "nobody"}', "{", "[1]", '{"v": ["w"]}'):
-        save_file({"w": torch.ones(2)}, path, {**header, "tied": tied})
-        with pytest.raises(InputError, match="damaged"):
-            TaskVector.load(path)
-    save_file({"w": torch.ones(2)}, path, {**header, "version": "99"})
-    with pytest.raises(InputError, match="version '99'"):
-        TaskVector.load(path)
-    path.write_bytes(b"not a header")
-    with pytest.raises(InputError, match="no safetensors file"):
-        TaskVector.load(path)
-    (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(InputError, match="no regular file"):
-        TaskVector.load(tmp_path / "folder.safetensors")
 
 
 def test_select_and_partial_vectors(pair):
