@@ -9,38 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.oracles import assert_covariance, complex_normal, log_det_rate, random_covariance, receive, simulate
+from helpers.receiver_cases import ANTENNAS, KINDS, USERS, call, covariance
 from rmtllmf.channel import (
     UplinkScenario,
     barrage_covariance,
     lmmse,
-    receivers,
     sic,
     strongest_user_covariance,
     sum_rate,
-    worst_case,
     worst_case_covariance,
 )
-from rmtllmf.errors import NonFiniteError, ShapeError
-
-ANTENNAS, USERS = 4, 3
-
-
-def covariance(kind, rng, antennas=ANTENNAS):
-    """A regular covariance, or a singular one of the given rank."""
-    if kind == "regular":
-        return random_covariance(rng, antennas) + 0.05 * np.eye(antennas)
-    if kind == "none":
-        return np.zeros((antennas, antennas), complex)
-    return random_covariance(rng, antennas, rank=kind)
-
-
-KINDS = ["regular", 3, 2, 1, "none"]
-
-
-def call(receiver, H, P, C, design=None, order=None):
-    if receiver == "lmmse":
-        return lmmse(H, P, C, designed_for=design)
-    return sic(H, P, C, designed_for=design, order=order)
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (3, 5), (2, 1)], ids=str)
@@ -137,47 +115,6 @@ def test_no_other_filter_has_a_smaller_error():
         np.testing.assert_allclose(receiver(H, 1.0, C, designed_for=C).mse, best, rtol=1e-12)
 
 
-def test_singular_noise_is_the_limit_of_a_vanishing_floor():
-    rng = np.random.default_rng(6)
-    H, P = complex_normal(rng, 4, 3), np.array([1.0, 0.5, 0.2])
-    for rank in (1, 2, 3):
-        C = random_covariance(rng, 4, rank)
-        for receiver in (sic, lmmse):
-            limit, close = receiver(H, P, C), receiver(H, P, C + 1e-9 * np.eye(4))
-            np.testing.assert_allclose(limit.mse, close.mse, atol=1e-6)
-            np.testing.assert_array_equal(limit.mse == 0, np.isinf(limit.rate))
-            np.testing.assert_array_equal(limit.mse == 0, close.mse < 1e-7)
-
-
-def test_a_rank_one_jammer_without_a_floor_is_nulled():
-    """The others escape exactly, and so does the attacked user once somebody else is gone; never garbage."""
-    rng = np.random.default_rng(7)
-    H = 1e-6 * complex_normal(rng, 16, 8)
-    C = strongest_user_covariance(H, 1e-4, 1e-17)
-    rx = sic(H, 1e-4, C, order="weakest_first")
-    attacked = rx.order[-1]
-    assert np.all(np.delete(rx.mse, attacked) == 0)
-    assert np.all(np.isinf(np.delete(rx.rate, attacked)))
-    signal = 1e-4 * np.sum(np.abs(H[:, attacked]) ** 2)
-    assert rx.mse[attacked] == pytest.approx(1 / (1 + signal / 1e-17), rel=1e-9)
-    assert sum_rate(H, 1e-4, C) == np.inf
-    # a jammer in the whole signal space leaves nobody a clear direction
-    full = worst_case_covariance(H, 1e-4, 1e-17)
-    assert np.linalg.matrix_rank(full) == 8
-    assert sum_rate(H, 1e-4, full) == pytest.approx(sic(H, 1e-4, full).rate.sum(), rel=1e-9)
-    assert np.isfinite(sum_rate(H, 1e-4, full))
-
-
-def test_single_precision_covariances_are_judged_by_their_own_digits():
-    """A rank-one covariance in complex64 has eigenvalues of 1e-8 that mean nothing."""
-    rng = np.random.default_rng(8)
-    H = complex_normal(rng, 6, 3).astype(np.complex64)
-    C = strongest_user_covariance(H, 1.0, 2.0)
-    rx = sic(H, 1.0, C)
-    assert rx.mse.dtype == np.float32
-    assert np.count_nonzero(rx.mse == 0) == 2
-
-
 def test_silent_users():
     rng = np.random.default_rng(9)
     H, P, C = complex_normal(rng, 4, 3), np.array([1.0, 0.0, 0.5]), covariance("regular", rng)
@@ -196,24 +133,6 @@ def test_orders():
     assert strongest.order.tolist() == [2, 1, 0]
     np.testing.assert_array_equal(sic(H, P, np.eye(3), order=[2, 1, 0]).mse, strongest.mse)
     assert lmmse(H, P, np.eye(3)).order is None
-
-
-def test_batches_equal_single_calls():
-    rng = np.random.default_rng(10)
-    H, P = complex_normal(rng, 3, 1, 4, 3), rng.uniform(0.1, 1, (3, 1, 3))
-    C = np.stack([covariance(kind, rng) for kind in ("regular", 2)])  # a singular item takes the others along
-    order = np.array([[0, 1, 2], [2, 0, 1]])
-    rx = sic(H, P, C, order=order, designed_for=np.eye(4))
-    matched = sic(H, P, C, order=order)
-    linear = lmmse(H, P, C)
-    assert rx.mse.shape == (3, 2, 3)
-    assert rx.order.shape == (3, 2, 3)
-    for i in range(3):
-        for j in range(2):
-            one = sic(H[i, 0], P[i, 0], C[j], order=order[j], designed_for=np.eye(4))
-            np.testing.assert_allclose(rx.error_covariance[i, j], one.error_covariance, atol=1e-12)
-            np.testing.assert_allclose(matched.mse[i, j], sic(H[i, 0], P[i, 0], C[j], order=order[j]).mse, atol=1e-9)
-            np.testing.assert_allclose(linear.mse[i, j], lmmse(H[i, 0], P[i, 0], C[j]).mse, atol=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -266,71 +185,6 @@ def test_gradients_pass_through_receivers_rates_and_the_simpler_jammers():
     assert torch.autograd.gradcheck(outputs, (H, P, power))
 
 
-@pytest.mark.parametrize("weakness", [1e-3, 1e-8, 1e-14])
-def test_small_rates_keep_their_digits(weakness):
-    """Powers far below the noise: against the first-order expansion, whose error is the square of the SINR."""
-    rng = np.random.default_rng(12)
-    H, C = complex_normal(rng, 4, 3), covariance("regular", rng)
-    exact = weakness * np.einsum("iq,ij,jq->q", H.conj(), np.linalg.inv(C), H).real
-    for receiver in (sic, lmmse):
-        rx = receiver(H, weakness, C)
-        np.testing.assert_allclose(rx.sinr, exact, rtol=100 * weakness + 1e-12)
-        np.testing.assert_allclose(rx.gain, exact, rtol=200 * weakness + 1e-12)
-        np.testing.assert_allclose(np.diag(rx.noise_covariance).real, exact, rtol=200 * weakness + 1e-12)
-        other = receiver(H, weakness, C, designed_for=2 * C)
-        np.testing.assert_allclose(other.sinr, exact, rtol=200 * weakness + 1e-12)
-    assert sum_rate(H, weakness, C) == pytest.approx(exact.sum(), rel=100 * weakness + 1e-12)
-    assert sic(H, weakness, C).rate.sum() == pytest.approx(float(sum_rate(H, weakness, C)), rel=1e-12)
-
-
-def test_a_loud_jammer_leaves_a_rate_that_three_functions_agree_on():
-    rng = np.random.default_rng(13)
-    H = complex_normal(rng, 6, 3)
-    for P_N in 10.0 ** np.arange(3, 13, 3):
-        found = worst_case(H, 1.0, P_N)
-        total = sum_rate(H, 1.0, found.covariance)
-        assert total == pytest.approx(sic(H, 1.0, found.covariance).rate.sum(), rel=1e-11)
-        assert total == pytest.approx(float(found.sum_rate), rel=1e-11)
-
-
-def test_the_precision_of_the_channel_does_not_decide_the_rank_of_the_noise():
-    """60 dB between jammer and floor: in double precision nobody's noise is zero, whatever the channel's precision."""
-    rng = np.random.default_rng(14)
-    H = complex_normal(rng, 16, 8)
-    C = strongest_user_covariance(H, 1.0, 1e6) + np.eye(16)
-    coarse, fine = sic(H.astype(np.complex64), 1.0, C), sic(H, 1.0, C)
-    np.testing.assert_allclose(coarse.rate, fine.rate, rtol=1e-4)
-    assert np.isfinite(fine.rate).all()
-    # a design in single precision is judged by its own digits, too
-    design = strongest_user_covariance(H.astype(np.complex64), 1.0, 1.0)
-    assert np.count_nonzero(np.abs(sic(H, 1.0, np.eye(16), designed_for=design).gain - 1) < 1e-12) == 7
-
-
-@pytest.mark.parametrize("receiver", [sic, lmmse])
-def test_a_singular_neighbour_changes_nothing_for_the_rest_of_the_batch(receiver):
-    """Users that are nearly parallel and very loud, where squaring the condition would cost half the digits."""
-    rng = np.random.default_rng(15)
-    h, g = complex_normal(rng, 4, 1), complex_normal(rng, 4, 1)
-    H = np.hstack([h, h + 1e-6 * g])
-    regular, singular = np.eye(4), random_covariance(rng, 4, 2)
-    both = receiver(H, 1e12, np.stack([regular, singular]))
-    np.testing.assert_array_equal(both.mse[0], receiver(H, 1e12, regular).mse)
-    np.testing.assert_array_equal(both.mse[1], receiver(H, 1e12, singular).mse)
-
-
-def test_equally_strong_users_are_ordered_alike_by_jammer_and_receiver():
-    rng = np.random.default_rng(16)
-    h = complex_normal(rng, 500, 4, 1)
-    # the same channel up to a unitary change: equal in exact arithmetic, with powers that make roundings differ
-    H = np.concatenate([h, h[:, ::-1] * np.exp(1j), 2 * h], axis=-1) * 0.1
-    P = np.array([0.3, 0.3, 0.075])
-    C = strongest_user_covariance(H, P, 1.0)
-    last = sic(H, P, np.eye(4)).order[:, -1]
-    attacked = np.take_along_axis(H, last[:, None, None], axis=-1)[..., 0]
-    aligned = np.einsum("bi,bij,bj->b", attacked.conj(), C, attacked).real / (np.abs(attacked) ** 2).sum(-1)
-    np.testing.assert_allclose(aligned, 1.0)
-
-
 def test_gradients_that_do_not_exist_are_refused():
     H = torch.eye(2, dtype=torch.complex128)
     P = torch.tensor([1.0, 0.0], requires_grad=True)
@@ -347,69 +201,3 @@ def test_gradients_that_do_not_exist_are_refused():
 def test_an_order_as_a_tensor_makes_the_result_one():
     rx = sic(np.eye(2) + 0j, 1.0, np.eye(2), order=torch.tensor([1, 0]))
     assert isinstance(rx.mse, torch.Tensor)
-
-
-@pytest.mark.parametrize("order", ["weakest_first", "shared", "own"])
-@pytest.mark.parametrize("design", [None, "shared", "own", "singular"])
-@pytest.mark.parametrize("kind", ["numpy", "torch", "single"])
-def test_a_long_batch_in_parts_has_the_same_bits(monkeypatch, kind, design, order):
-    """Draws and shared arguments, regular and singular noise in one batch, and a last part of a single draw."""
-    rng = np.random.default_rng(9)
-    draws = 25
-    H, P = complex_normal(rng, draws, ANTENNAS, USERS), rng.uniform(0.2, 2.0, (draws, USERS))
-    C = np.stack([covariance("regular" if k % 5 else 2, rng) for k in range(draws)])
-    design = {
-        None: None,
-        "shared": covariance("regular", rng),
-        "own": np.stack([covariance("regular", rng) for _ in range(draws)]),
-        "singular": np.stack([covariance(k % 3 + 1, rng) for k in range(draws)]),
-    }[design]
-    order = {"shared": np.array([2, 0, 1]), "own": rng.permuted(np.tile(np.arange(USERS), (draws, 1)), axis=-1)}.get(
-        order, order
-    )
-    if kind == "single":
-        H, C = H.astype(np.complex64), C.astype(np.complex64)
-    if kind == "torch":
-        H, P, C = map(torch.from_numpy, (H, P, C))
-    for receiver in ("sic", "lmmse"):
-        if kind == "numpy" or receiver == "sic" or isinstance(order, str):
-            whole = call(receiver, H, P, C, design, order)
-            monkeypatch.setattr("rmtllmf.channel.receivers._CHUNK", 8)
-            parts = call(receiver, H, P, C, design, order)
-            monkeypatch.undo()
-            for name, expected in vars(whole).items():
-                found = getattr(parts, name)
-                assert type(found) is type(expected), name
-                if expected is not None:
-                    assert found.dtype == expected.dtype, name
-                    np.testing.assert_array_equal(found, expected, err_msg=name, strict=True)
-                    end = (USERS, USERS) if name.endswith("covariance") else (USERS,)
-                    assert found.shape == (draws, *end)
-
-
-def test_what_is_and_what_is_not_received_in_parts(monkeypatch):
-    """Gradients and errors are those of the whole batch; arguments that do not fit are not cut to fit."""
-    monkeypatch.setattr("rmtllmf.channel.receivers._CHUNK", 4)
-    lengths = []
-    receive_part = receivers._receive
-    monkeypatch.setattr(receivers, "_receive", lambda H, *rest: lengths.append(len(H)) or receive_part(H, *rest))
-    rng = np.random.default_rng(10)
-    H = complex_normal(rng, 8, ANTENNAS, USERS)
-    C = np.stack([covariance("regular", rng) for _ in range(8)])
-    sic(H, np.ones((8, USERS)), C, designed_for=C, order=np.tile(np.arange(USERS), (8, 1)))
-    assert lengths == [4, 4]  # a third one would be the whole batch, after a part that did not fit
-    lengths.clear()
-    sic(H, [1.0, 2.0, 3.0], C[:1], order=[0, 1, 2])
-    assert lengths == [4, 4]
-    lengths.clear()
-    leaf = torch.from_numpy(H).requires_grad_()
-    sic(leaf, 1.0, C).mse.sum().backward()
-    assert lengths == [8]
-    assert leaf.grad is not None
-    with pytest.raises(ShapeError, match="batch dimensions"):
-        sic(H, 1.0, C[:4])
-    with pytest.raises(ShapeError, match="does not broadcast"):
-        lmmse(H, np.ones((4, USERS)).tolist(), C)
-    H[6:, 0, 0] = np.nan
-    with pytest.raises(NonFiniteError, match=f"2 non-finite entries of {H.size}"):
-        lmmse(H, 1.0, C)
