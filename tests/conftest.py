@@ -38,3 +38,23 @@ def pytest_collection_modifyitems(items):
         if not torch.cuda.is_available():
             for item in needing:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _threads(count):
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread():
+    """For models so small that threads cost more than they save, most of all where others want the processors."""
+    yield from _threads(1)
+
+
+@pytest.fixture
+def two_threads():
+    yield from _threads(2)

@@ -18,13 +18,7 @@ from helpers.oracles import complex_normal, worst_case_by_cvxpy
 from helpers.timing import interleaved
 from rmtllmf.channel import UplinkScenario, _eigen, min_max_rate_covariance, worst_case, worst_case_rate
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def naive(H, P, P_N, noise):

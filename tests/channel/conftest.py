@@ -31,4 +31,6 @@ def mismatched():
     """A receiver whose errors are correlated, with an imaginary part."""
     rng = np.random.default_rng(2)
     H = complex_normal(rng, 4, USERS)
-    return lmmse(H, 0.5, 0.3 * random_covariance(rng, 4, 2) + 0.1 * np.eye(4), designed_for=0.1 * np.eye(4))
+    rx = lmmse(H, 0.5, 0.3 * random_covariance(rng, 4, 2) + 0.1 * np.eye(4), designed_for=0.1 * np.eye(4))
+    assert np.abs(rx.error_covariance.imag).max() > 0.01
+    return rx

@@ -4,30 +4,17 @@ import copy
 
 import pytest
 import torch
-from open_clip.transformer import VisionTransformer
 from torch import nn
 
 from helpers.draws import gaussian
+from helpers.entangled_tasks import entangled
 from rmtllmf.errors import StateMismatchError
 from rmtllmf.metrics import weight_disentanglement_error
 
 
 @pytest.fixture(scope="module")
 def setting():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = VisionTransformer(image_size=8, patch_size=4, width=16, layers=1, heads=2, mlp_ratio=2, output_dim=6)
-        heads = [nn.Linear(6, classes) for classes in (3, 4, 5)]
-    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    vectors = [
-        {name: 0.1 * gaussian(*tensor.shape, seed=31 * k + len(name)) for name, tensor in base.items()}
-        for k in range(3)
-    ]
-    tasks = {
-        name: (head, [(gaussian(size, 3, 8, 8, seed=9 * k + size), torch.zeros(size)) for size in (20, 7)])
-        for k, (name, head) in enumerate(zip("abc", heads, strict=True))
-    }
-    return model, base, vectors, tasks
+    return entangled(classes=(3, 4, 5), sizes=(0.1, 0.1, 0.1))
 
 
 def by_hand(setting, scale, single_scale):

@@ -17,6 +17,8 @@ from paper.protocol import TESTBED
 from rmtllmf.errors import NonFiniteError
 from rmtllmf.taskvec import task_arithmetic
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROTOCOL = replace(TESTBED, tasks=tuple("abcdefgh"), blocks=2, reference="30")
 
 

@@ -19,6 +19,8 @@ from paper.uplink import received, reception
 from rmtllmf.channel import UplinkScenario, sic, strongest_user_covariance, worst_case_covariance
 from rmtllmf.metrics import snr_db
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROTOCOL = replace(
     TESTBED, tasks=tuple("abcdefgh"), blocks=2, realignment_steps=2, realignment_batch=4, shots=3, reference="30"
 )

@@ -15,6 +15,8 @@ from paper.protocol import TESTBED
 from paper.uplink import reception
 from rmtllmf.resilience import channel_uses, embedding_keys, normalization_keys, reliable_bits
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROTOCOL = replace(
     TESTBED, tasks=tuple("abcdefgh"), blocks=2, realignment_steps=2, realignment_batch=4, shots=3, reference="30"
 )

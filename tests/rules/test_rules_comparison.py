@@ -18,6 +18,8 @@ from paper.uplink import received, reception
 from rmtllmf.metrics import accuracy, snr_db
 from rmtllmf.taskvec import TaskVector, task_arithmetic, ties
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROTOCOL = replace(TESTBED, tasks=tuple("abcdefgh"), blocks=2, shots=3, reference="30")
 
 

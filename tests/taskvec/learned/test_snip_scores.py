@@ -7,28 +7,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from helpers.attentive_encoder import Encoder, X, Y
 from rmtllmf._sample_gradients import SampleGradients
 from rmtllmf.errors import InputError, NonFiniteError, ShapeError, StateMismatchError
 from rmtllmf.taskvec import TaskVector, led_masks, led_merging, snip_scores
-
-X = torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-Y = torch.tensor([0, 3, 1, 1, 2, 0, 3])
-
-
-class Encoder(nn.Module):
-    """Attention, a tie, a buffer, dropout and a parameter that nothing needs."""
-
-    def __init__(self):
-        super().__init__()
-        self.attn = nn.MultiheadAttention(5, 1, dropout=0.3, batch_first=True)
-        self.a = nn.Linear(5, 5, bias=False)
-        self.b = nn.Linear(5, 5, bias=False)
-        self.b.weight = self.a.weight
-        self.norm = nn.BatchNorm1d(5)
-        self.unused = nn.Parameter(torch.ones(2))
-
-    def forward(self, x):
-        return self.norm(self.b(torch.tanh(self.a(self.attn(x, x, x, need_weights=False)[0].mean(1)))))
 
 
 def encoder(seed=0):
