@@ -18,8 +18,8 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 
-# scripts that tests start, and that look for their imports themselves
-collect_ignore = ["fuzz/harness.py", "helpers/killed_saves.py", "helpers/read_only_worker.py"]
+# a script that a test starts, and that looks for its imports itself
+collect_ignore = ["fuzz/harness.py"]
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from helpers.timing import interleaved
+from helpers.vit_b_16_shapes import shapes
 from rmtllmf.taskvec import emr, emr_unified, tall_compression
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -22,12 +23,10 @@ REPETITIONS = int(os.environ.get("RMTLLMF_BENCH_REPETITIONS", 3))
 
 
 def towers():
-    shapes = {"conv1": (768, 3, 16, 16), "positions": (197, 768), "proj": (768, 512)}
-    for block in range(BLOCKS):
-        shapes |= {f"{block}.in": (2304, 768), f"{block}.out": (768, 768)}
-        shapes |= {f"{block}.fc": (3072, 768), f"{block}.proj": (768, 3072), f"{block}.bias": (3072,)}
     source = torch.Generator().manual_seed(0)
-    return [{key: 0.01 * torch.randn(shape, generator=source) for key, shape in shapes.items()} for _ in range(8)]
+    return [
+        {key: 0.01 * torch.randn(shape, generator=source) for key, shape in shapes(BLOCKS).items()} for _ in range(8)
+    ]
 
 
 def compare(name, ours, theirs):

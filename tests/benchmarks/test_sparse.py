@@ -12,6 +12,7 @@ import torch
 
 from helpers import sparse_definitions as sparse
 from helpers.timing import interleaved
+from helpers.vit_b_16_shapes import shapes
 from rmtllmf.taskvec import breadcrumbs, della, model_stock, pcb_merging, slerp, task_arithmetic
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -20,20 +21,12 @@ BLOCKS = int(os.environ.get("RMTLLMF_BENCH_BLOCKS", 2))
 REPETITIONS = int(os.environ.get("RMTLLMF_BENCH_REPETITIONS", 3))
 
 
-def shapes():
-    found = {"conv1": (768, 3, 16, 16), "positions": (197, 768), "proj": (768, 512)}
-    for block in range(BLOCKS):
-        found |= {f"{block}.in": (2304, 768), f"{block}.out": (768, 768)}
-        found |= {f"{block}.fc": (3072, 768), f"{block}.proj": (768, 3072), f"{block}.bias": (3072,)}
-    return found
-
-
 def towers(count=8, common=0.0):
     """Gaussian entries, to which all have added `common` times the same ones."""
     draw = torch.Generator().manual_seed(0)
-    shared = {key: torch.randn(shape, generator=draw) for key, shape in shapes().items()}
+    shared = {key: torch.randn(shape, generator=draw) for key, shape in shapes(BLOCKS).items()}
     return [
-        {key: common * shared[key] + torch.randn(shape, generator=draw) for key, shape in shapes().items()}
+        {key: common * shared[key] + torch.randn(shape, generator=draw) for key, shape in shapes(BLOCKS).items()}
         for _ in range(count)
     ]
 

@@ -18,20 +18,13 @@ import pytest
 import torch
 
 from helpers import spectral_definitions as definitions
+from helpers.vit_b_16_shapes import shapes
 from rmtllmf.taskvec import iso_c, tsv
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
 BLOCKS = int(os.environ.get("RMTLLMF_BENCH_BLOCKS", 2))
 REPETITIONS = int(os.environ.get("RMTLLMF_BENCH_REPETITIONS", 3))
-
-
-def shapes():
-    found = {"conv1": (768, 3, 16, 16), "positions": (197, 768), "proj": (768, 512)}
-    for block in range(BLOCKS):
-        found |= {f"{block}.in": (2304, 768), f"{block}.out": (768, 768)}
-        found |= {f"{block}.fc": (3072, 768), f"{block}.proj": (768, 3072), f"{block}.bias": (3072,)}
-    return found
 
 
 def towers(orders):
@@ -47,7 +40,7 @@ def towers(orders):
             entries = entries @ (Q * falling) @ Q.mT if size == shape[1] else (Q * falling) @ Q.mT @ entries
         return entries
 
-    return [{key: one(shape) for key, shape in shapes().items()} for _ in range(8)]
+    return [{key: one(shape) for key, shape in shapes(BLOCKS).items()} for _ in range(8)]
 
 
 class Peak:

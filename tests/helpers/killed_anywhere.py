@@ -13,34 +13,22 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.killed_at_a_line import KILLED, killed_before
 from rmtllmf.taskvec import fuse, fuse_files
 
 FIRST, SECOND = 0.3, 0.7  # two requests for one target
-KILLED = 9
+FILES = ("_checkpoint_writer.py", "_journal.py")
 
 
-def killed_before(line, paths, out, scale):
+def killed_fusion(line, paths, out, scale):
     """Whether the fusion was killed before the `line`-th line of the writer that it comes to; 0: before renaming."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == KILLED
-    if not line:
-        os.replace = lambda *arguments: os._exit(KILLED)
-    left = line
 
-    def trace(frame, event, argument):
-        nonlocal left
-        if not frame.f_code.co_filename.endswith(("_checkpoint_writer.py", "_journal.py")):
-            return None
-        if event == "line":
-            left -= 1
-            if left == 0:
-                os._exit(KILLED)  # nothing is flushed, nothing closed
-        return trace
+    def work():
+        if not line:
+            os.replace = lambda *arguments: os._exit(KILLED)
+        fuse_files(paths[0], paths[1:], out, scale=scale)
 
-    sys.settrace(trace)
-    fuse_files(paths[0], paths[1:], out, scale=scale)
-    os._exit(0)
+    return killed_before(line, FILES, work)
 
 
 def check(found, scale, states):
@@ -66,8 +54,8 @@ def main(folder, target, step):
     while killed:
         line += step
         for last in (FIRST, SECOND):
-            assert killed_before(0, paths, out, FIRST)
-            killed = killed_before(line, paths, out, SECOND)
+            assert killed_fusion(0, paths, out, FIRST)
+            killed = killed_fusion(line, paths, out, SECOND)
             if out.exists():
                 check(out, SECOND, states)
                 remove(out)

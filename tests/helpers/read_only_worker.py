@@ -12,12 +12,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples"), str(ROOT / "tests" / "load")]
-
-from test_disk import WRITERS  # noqa: E402
-
-from rmtllmf.taskvec import fuse_files  # noqa: E402
+from helpers.writers import WRITERS
+from rmtllmf.taskvec import fuse_files
 
 NOBODY = 65534
 

@@ -13,11 +13,8 @@ from pathlib import Path
 import open_clip
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
-
-from helpers.readers import READERS, files  # noqa: E402
-from rmtllmf.clip import load, load_finetuned  # noqa: E402
+from helpers.readers import READERS, files
+from rmtllmf.clip import load, load_finetuned
 
 
 class Evil:

@@ -3,65 +3,17 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from paper import _checkpoints
-from rmtllmf.taskvec import MaskedVectors, TaskVector, adapter_vector, emr, fuse_files, low_rank
+from helpers.scripts import printed_by
+from helpers.writers import SIZE, WRITERS
+from rmtllmf.taskvec import fuse_files
 
 resource = pytest.importorskip("resource", reason="limits of POSIX")
-ROOT = Path(__file__).resolve().parents[2]
-SIZE = 2000
-
-
-def vector(value):
-    return TaskVector({"fc.weight": torch.full((SIZE, 2), float(value))})
-
-
-def save_vector(folder, value):
-    vector(value).save(folder / "v.safetensors")
-
-
-def load_vector(folder):
-    return TaskVector.load(folder / "v.safetensors")["fc.weight"].unique().tolist()
-
-
-def save_masks(folder, value):
-    emr([vector(value)] * 2).save(folder / "m.safetensors")
-
-
-def load_masks(folder):
-    return MaskedVectors.load(folder / "m.safetensors").task_vector(0)["fc.weight"].unique().tolist()
-
-
-def save_adapter(folder, value):
-    low_rank(vector(value), int(value)).save_adapter(folder / "adapter", overwrite=True)
-
-
-def load_adapter(folder):
-    return adapter_vector(folder / "adapter")["fc.weight"].round(decimals=3).unique().tolist()
-
-
-def save_run(folder, value):
-    _checkpoints.write(folder, {"lr": 0.1}, 1, dict(vector(value)))
-
-
-def load_run(folder):
-    return _checkpoints.read(folder, {"lr": 0.1}).tensors["fc.weight"].unique().tolist()
-
-
-WRITERS = {
-    "vector": (save_vector, load_vector),
-    "masks": (save_masks, load_masks),
-    "adapter": (save_adapter, load_adapter),
-    "a run's checkpoint": (save_run, load_run),
-}
 
 
 @contextmanager
@@ -159,16 +111,7 @@ def test_a_run_that_was_interrupted_when_only_the_name_was_missing(tmp_path, mon
 @pytest.mark.skipif(not hasattr(os, "setuid"), reason="users of POSIX")
 def test_folders_that_are_read_only():
     """In a process that is not root, to whom no folder is read only."""
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "helpers" / "read_only_worker.py")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = json.loads(printed_by("read_only_worker.py").splitlines()[-1])
     assert set(found) == {"vector", "masks", "adapter", "a run's checkpoint", "fuse_files"}
     for name, (kind, message, same) in found.items():
         assert kind == "PermissionError", (name, message)
@@ -181,16 +124,7 @@ def test_folders_that_are_read_only():
 @pytest.mark.parametrize("what", ["vector", "adapter"])
 def test_killed_before_any_line(what, tmp_path):
     """A process that saves is killed at every line: what is there is the old or the new, as a whole."""
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "helpers" / "killed_saves.py"), str(tmp_path), what],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    lines, old, new = map(int, run.stdout.split())
+    lines, old, new = map(int, printed_by("killed_saves.py", tmp_path, what, timeout=600).split())
     assert lines > 20
     assert old > 0
     assert new > 0

@@ -5,9 +5,7 @@ import json
 import math
 import os
 import random
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from helpers.finetune_worker import KINDS, QUICK, Pictures, Stopped, close, new_encoder, new_head, same
+from helpers.scripts import printed_by
 from paper import _checkpoints
 from paper.finetune import finetune
 from rmtllmf.errors import InputError, NonFiniteError
-
-TESTS = Path(__file__).parents[1]
 
 
 def run(data=None, encoder=None, head=None, **options):
@@ -313,33 +310,17 @@ def test_bad_arguments_are_named(monkeypatch, changed, error, message):
         run(**changed)
 
 
-def worker(launch, what, folder):
-    found = subprocess.run(
-        [sys.executable, *launch, str(TESTS / "helpers" / "finetune_worker.py"), what, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ
-        | {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(map(str, [TESTS, TESTS.parent / "examples", TESTS.parent])),
-        },
-    )
-    assert found.returncode == 0, found.stderr[-4000:]
-    return found.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_a_run_that_was_killed_ends_with_the_same_bits(tmp_path):
-    assert "killed at" in worker([], "killed", tmp_path)
+    assert "killed at" in printed_by("finetune_worker.py", "killed", tmp_path, timeout=600)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
 def test_two_processes_share_the_work(tmp_path):
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    assert worker(launch, "ranks", tmp_path).count("all is well") == 2
+    assert printed_by("finetune_worker.py", "ranks", tmp_path, launch=launch, timeout=600).count("all is well") == 2
     encoder, head, data = new_encoder().double(), new_head().double(), Pictures()
     data.images = data.images.double()
     whole = run(data, encoder, head, max_norm=0.5).state_dict()

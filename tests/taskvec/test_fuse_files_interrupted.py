@@ -4,11 +4,8 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import rmtllmf.taskvec._engine as engine
 from helpers.checkpoint_files import loaded, model, same_bits, sharded, written
+from helpers.scripts import printed_by
 from rmtllmf.errors import InputError
 from rmtllmf.taskvec import fuse, fuse_files
 
@@ -111,16 +109,7 @@ def test_two_processes_do_not_write_one_target(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_before_any_line(target, step, tmp_path):
     """What another request has left lies there, and either of the two is called next."""
-    tests = Path(__file__).parents[1]
-    run = subprocess.run(
-        [sys.executable, str(tests / "helpers" / "killed_anywhere.py"), str(tmp_path), target, str(step)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent)},
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert "killed before each of" in run.stdout
+    assert "killed before each of" in printed_by("killed_anywhere.py", tmp_path, target, step, timeout=600)
 
 
 def interrupted(monkeypatch, *arguments, **options):
