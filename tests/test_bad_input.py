@@ -1,37 +1,26 @@
 """Every wrong input raises at the door, naming the argument, what it was and what was expected."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 
-from helpers import (
-    bad_input_channel,
-    bad_input_clip,
-    bad_input_fusion,
-    bad_input_metrics,
-    bad_input_plot,
-    bad_input_protection,
-    bad_input_resilience,
-    bad_input_scenario,
-    bad_input_symbols,
-    bad_input_transmit,
-    bad_input_vectors,
-)
 from rmtllmf.channel import barrage_covariance, strongest_user_covariance, worst_case
 
-TABLES = (
-    bad_input_channel,
-    bad_input_clip,
-    bad_input_fusion,
-    bad_input_metrics,
-    bad_input_plot,
-    bad_input_protection,
-    bad_input_resilience,
-    bad_input_scenario,
-    bad_input_symbols,
-    bad_input_transmit,
-    bad_input_vectors,
+PARTS = (
+    "channel",
+    "clip",
+    "fusion",
+    "metrics",
+    "plot",
+    "protection",
+    "resilience",
+    "scenario",
+    "symbols",
+    "transmit",
+    "vectors",
 )
-CASES = [case for table in TABLES for case in table.CASES]
+CASES = [case for part in PARTS for case in import_module(f"helpers.bad_input_{part}").CASES]
 
 
 @pytest.mark.parametrize(("call", "error", "pattern"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])

@@ -3,13 +3,12 @@
 import sys
 from itertools import pairwise
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex, to_rgb
-from matplotlib.figure import Figure
 
+from helpers.drawn import assert_drawn
 from rmtllmf.errors import InputError
 from rmtllmf.metrics import DisentanglementGrid, cosine_similarity
 from rmtllmf.plot import disentanglement_map, fusion_chart, pareto_front, similarity_heatmap
@@ -220,12 +219,7 @@ def test_two_tasks_of_several_are_drawn_as_points():
     ],
 )
 def test_axes_are_returned_and_pyplot_is_left_alone(draw, tmp_path):
-    ax = Figure().add_subplot()
-    assert draw(ax) is ax
-    settings = dict(mpl.rcParams)
-    draw(None).figure.savefig(tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 5000
-    assert dict(mpl.rcParams) == settings
+    assert_drawn(draw, tmp_path)
     if "matplotlib.pyplot" in sys.modules:
         assert not sys.modules["matplotlib.pyplot"].get_fignums()
 

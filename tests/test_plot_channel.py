@@ -4,12 +4,12 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 
+from helpers.drawn import assert_drawn
 from rmtllmf.channel import Constellation, UplinkScenario, worst_case
 from rmtllmf.errors import InputError, NonFiniteError, ShapeError
 from rmtllmf.plot import constellation_plot, countermeasure_chart, mse_distribution, water_filling
@@ -237,12 +237,7 @@ def test_constellations_refuse(arguments, order, error, pattern):
     ids=["water_filling", "mse_distribution", "countermeasure_chart", "constellation_plot"],
 )
 def test_axes_are_returned_and_pyplot_is_left_alone(draw, tmp_path):
-    ax = Figure().add_subplot()
-    assert draw(ax) is ax
-    settings = dict(mpl.rcParams)
-    draw(None).figure.savefig(tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 5000
-    assert dict(mpl.rcParams) == settings
+    assert_drawn(draw, tmp_path)
     with pytest.raises(TypeError, match="ax: expected a matplotlib Axes"):
         draw(Figure())
 

@@ -8,13 +8,14 @@ from torch import nn
 
 PEFT_IS_THE_ORACLE = "the oracle is PEFT's own merging"
 
-# what PEFT says about its own configurations, and what torch says about what PEFT does
-QUIET = [
+# what PEFT says about its own configurations
+PEFT_SPEAKS = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
+# and what torch says about what PEFT does
+QUIET = [*PEFT_SPEAKS, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
 class Tiny(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from helpers.masked_file import GOOD, MASKED
 from helpers.mutations import MANY
 from helpers.readers import changes, layer
 from paper import _checkpoints
@@ -16,12 +17,6 @@ from rmtllmf.errors import InputError, NonFiniteError, StateMismatchError
 from rmtllmf.taskvec import MaskedVectors, TaskVector, load_routed, smile, train_router, twin_merging
 
 VECTOR = {"rmtllmf": "task_vector", "version": "1"}
-MASKED = {"rmtllmf": "masked_vectors", "version": "1"}
-GOOD = {
-    "vector.w": torch.ones(9),
-    "mask.0.w": torch.ones(2, dtype=torch.uint8),
-    "rescalers": torch.ones(1, dtype=torch.float64),
-}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from torch import nn
 from torch.func import functional_call, jacrev
 from torch.utils.checkpoint import checkpoint
 
+from helpers.two_inputs import Sum
 from rmtllmf.errors import InputError
 from rmtllmf.metrics import disturbance_test
 
@@ -166,14 +167,6 @@ def test_tied_entries_count_once_under_either_name():
 
 
 def test_inputs_of_several_arguments():
-    class Sum(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(4, 2)
-
-        def forward(self, left, right):
-            return self.linear(left + right)
-
     model, left, right = Sum(), gaussian(3, 4).float(), gaussian(3, 4, seed=1).float()
     results = [
         disturbance_test(model, model, model, 0.1, inputs).sd

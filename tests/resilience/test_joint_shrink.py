@@ -1,7 +1,6 @@
 """Joint shrinkage against the Bayes risk in closed form, and against shrinkage of each user alone."""
 
 import math
-import re
 
 import numpy as np
 import pytest
@@ -9,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.bad_receptions import BY_ENERGY, GOOD, PAIR
 from helpers.draws import independent, normal
 from helpers.known_errors import correlated, error, random_psd
 from rmtllmf.channel import UplinkScenario, sic, strongest_user_covariance, transmit
-from rmtllmf.errors import InputError, NonFiniteError, NotPSDError, ShapeError, StateMismatchError
+from rmtllmf.errors import InputError, NonFiniteError
 from rmtllmf.resilience import joint_shrink, shrink
 from rmtllmf.taskvec import TaskVector
 
@@ -263,25 +263,9 @@ def test_forms_ties_and_dtypes():
         assert vector["head"] is vector["embed"]
 
 
-GOOD = [{"w": torch.eye(4), "b": torch.ones(4)}, {"w": torch.ones(4, 4), "b": torch.ones(4)}]
-PAIR = [0.1, 0.2]
-NAN = [{"w": torch.tensor([1.0, math.nan])}]
 BAD = {
-    "no vectors": (([], [0.1]), {}, InputError, "at least one mapping"),
-    "one mapping": ((GOOD[0], PAIR), {}, TypeError, "sequence of mappings"),
-    "other keys": (([GOOD[0], {"w": torch.eye(4)}], PAIR), {}, StateMismatchError, "'b'"),
-    "users": ((GOOD, [0.1, 0.1, 0.1]), {}, ShapeError, "2 vectors"),
-    "not PSD": ((GOOD, correlated([[1.0, 2.0], [2.0, 1.0]])), {}, NotPSDError, "error_covariance"),
-    "estimator": ((GOOD, PAIR), {"estimator": "best"}, InputError, "estimator: expected one of"),
+    **BY_ENERGY,
     "scale": ((GOOD, PAIR), {"scale": "tensor_peak"}, InputError, "scale: the peak"),
-    "sensitivity 0": ((GOOD, PAIR), {"sensitivity": 0}, InputError, "sensitivity: expected a positive finite number"),
-    "sensitivity name": (
-        (GOOD, PAIR),
-        {"sensitivity": {"v*": 2}},
-        InputError,
-        re.escape("'v*' matches none"),
-    ),
-    "NaN": ((NAN, [0.1]), {"scale": 1.0}, NonFiniteError, re.escape("received[0]['w'] holds NaN")),
     "overflow": (
         ([{"w": torch.full((40, 4), 6e4, dtype=torch.float16)}], correlated([[0.1]], torch.tensor([0.01]))),
         {"scale": 1.0, "estimator": "mmse"},

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from helpers.draws import gaussian
 from helpers.realigned_models import TOKENS, Tied, encoder, snapshot, two_tasks, unchanged
+from helpers.two_inputs import Sum
 from rmtllmf.errors import InputError
 from rmtllmf.resilience import Realignment, realign
 
@@ -73,14 +74,6 @@ def test_a_complete_model_with_a_loader_and_any_loss():
 
 
 def test_a_mapping_of_complete_batches_and_inputs_of_several_arguments():
-    class Sum(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(4, 2)
-
-        def forward(self, left, right):
-            return self.linear(left + right)
-
     pair = ((gaussian(5, 4), gaussian(5, 4, seed=1)), torch.arange(5) % 2)
     named = ({"left": pair[0][0], "right": pair[0][1]}, pair[1])
     first, second = Sum(), Sum()

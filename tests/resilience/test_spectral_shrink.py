@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.bad_receptions import EVERY, GOOD
 from helpers.draws import normal
 from helpers.known_errors import correlated
 from helpers.spectral_shrinkage import equicorrelated, error, low_rank, naive, orthonormal, shrunk, with_noise
 from rmtllmf.channel import transmit
-from rmtllmf.errors import InputError, NonFiniteError, ShapeError, StateMismatchError
+from rmtllmf.errors import InputError, NonFiniteError, StateMismatchError
 from rmtllmf.resilience.spectral_shrink import spectral_shrink
 from rmtllmf.taskvec import TaskVector
 
@@ -217,14 +218,10 @@ def test_the_same_bits_for_any_number_of_threads():
             assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-GOOD = [{"w": torch.eye(4), "b": torch.ones(4)}, {"w": torch.ones(4, 4), "b": torch.ones(4)}]
 BAD = {
-    "no vectors": (([], [0.1]), {}, InputError, "at least one mapping"),
-    "one mapping": ((GOOD[0], [0.1]), {}, TypeError, "sequence of mappings"),
+    **EVERY,
     "other keys": (([GOOD[0], {"w": torch.eye(4)}], [0.1, 0.1]), {}, StateMismatchError, "lacks 'b'"),
-    "users": ((GOOD, [0.1, 0.1, 0.1]), {}, ShapeError, "2 vectors"),
     "negative": ((GOOD, [0.1, -0.1]), {}, InputError, "at least 0"),
-    "estimator": ((GOOD, [0.1, 0.1]), {"estimator": "best"}, InputError, "estimator: expected one of"),
     "scale": ((GOOD, [0.1, 0.1]), {"scale": "peak"}, InputError, "scale: the peak"),
     "joint": ((GOOD, [0.1, 0.1]), {"joint": "yes"}, TypeError, "joint: expected a bool, got str"),
     "skip": ((GOOD, [0.1, 0.1]), {"skip": "v*"}, InputError, re.escape("skip: 'v*' matches none")),

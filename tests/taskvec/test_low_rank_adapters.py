@@ -8,16 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.adapted_models import PEFT_SPEAKS
 from helpers.draws import rounded
 from rmtllmf.errors import InputError, StateMismatchError
 from rmtllmf.taskvec import TaskVector, adapter_vector, aligned, low_rank, task_arithmetic
 
-# what PEFT says about its own configurations
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = PEFT_SPEAKS
 
 
 class Tiny(nn.Module):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from helpers.masked_file import GOOD, MASKED
 from rmtllmf.errors import InputError, NonFiniteError
 from rmtllmf.taskvec import MaskedVectors, TaskVector, emr, tall_compression
 from rmtllmf.taskvec import _bits as bits
@@ -110,14 +111,6 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["tasks.safetensors"]
 
 
-HEADER = {"rmtllmf": "masked_vectors", "version": "1"}
-GOOD = {
-    "vector.w": torch.ones(9),
-    "mask.0.w": torch.ones(2, dtype=torch.uint8),
-    "rescalers": torch.ones(1, dtype=torch.float64),
-}
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -133,9 +126,9 @@ GOOD = {
 )
 def test_damaged_files(tmp_path, change, error, message):
     path = tmp_path / "x.safetensors"
-    save_file(GOOD, path, HEADER)
+    save_file(GOOD, path, MASKED)
     assert MaskedVectors.load(path).task_vector(0)["w"].tolist() == [1.0, *[0.0] * 7, 1.0]
-    save_file({key: value for key, value in {**GOOD, **change}.items() if value is not None}, path, HEADER)
+    save_file({key: value for key, value in {**GOOD, **change}.items() if value is not None}, path, MASKED)
     with pytest.raises(error, match=message):
         MaskedVectors.load(path)
 
