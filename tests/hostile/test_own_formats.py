@@ -13,6 +13,7 @@ from helpers.mutations import MANY
 from helpers.readers import changes, layer
 from paper import _checkpoints
 from paper.results import ProtocolError, Results, ResultsError
+from rmtllmf._safetensors import write
 from rmtllmf.errors import InputError, NonFiniteError, StateMismatchError
 from rmtllmf.taskvec import MaskedVectors, TaskVector, load_routed, smile, train_router, twin_merging
 
@@ -63,7 +64,7 @@ def test_what_is_no_vector(tmp_path):
         save_file({"w": tensor}, path, VECTOR)
         with pytest.raises(InputError, match=r"is damaged: 'w' is torch\..*; expected floating-point entries"):
             TaskVector.load(path)
-    save_file({}, path, VECTOR)
+    write(path, {}, VECTOR)  # safetensors itself writes rubbish for nothing up to 0.4.3
     with pytest.raises(InputError, match="is damaged: expected at least one tensor"):
         TaskVector.load(path)
     save_file({"w": torch.ones(1)}, path, {**VECTOR, "version": "1" * MANY})

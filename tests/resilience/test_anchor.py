@@ -270,9 +270,12 @@ def test_a_parameter_that_the_loss_does_not_reach_goes_to_its_anchor():
 
 
 def test_what_is_frozen_or_free_needs_no_anchor():
-    model = encoder()
+    model, before = encoder(), state(encoder())
     realign(model, BATCHES, steps=1, anchor={"2.weight": model[2].weight.data}, frozen=["0.*", "2.bias"])
+    assert [name for name, tensor in state(model).items() if not torch.equal(tensor, before[name])] == ["2.weight"]
+    before = state(model)
     realign(model, BATCHES, steps=1, anchor={"2.weight": model[2].weight.data}, anchor_weight={"2.weight": 1})
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in state(model).items())
 
 
 def bad(**options):
