@@ -9,10 +9,8 @@ from helpers.receiver_cases import ANTENNAS, USERS, call, covariance
 from rmtllmf.channel import lmmse, receivers, sic
 from rmtllmf.errors import NonFiniteError, ShapeError
 
-EXACT = tuple(map(int, torch.__version__.split(".")[:2])) >= (
-    2,
-    6,
-)  # before, the last bits of a solution hung on the size of the batch
+# before, the last bits of a solution hung on the size of the batch
+EXACT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
 
 
 def test_batches_equal_single_calls():
