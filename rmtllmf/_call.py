@@ -14,7 +14,7 @@ from ._state import StateLike, Tensors, as_state, check_keys, check_shapes, iden
 from ._tasks import Head, forward, logits_of
 from .errors import NonFiniteError, ShapeError, StateMismatchError
 
-__all__ = ["WithState", "check_model", "checked_rows", "logit_matrix", "predictions", "state_of"]
+__all__ = ["WithState", "check_model", "checked_rows", "logit_matrix", "predictions", "state_of", "token_hint"]
 
 
 def check_model(model: object) -> None:
@@ -28,11 +28,15 @@ def logit_matrix(logits: Any, argument: str) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{argument}: expected logits as a tensor (B, K), got {type(logits).__name__}")
     if logits.ndim != 2 or logits.shape[1] == 0:
-        hint = "; of a language model pick a token, head=lambda output: output.logits[:, -1]" * (logits.ndim == 3)
-        raise ShapeError(f"{argument}: expected logits of shape (B, K), got {tuple(logits.shape)}{hint}")
+        raise ShapeError(f"{argument}: expected logits of shape (B, K), got {tuple(logits.shape)}{token_hint(logits)}")
     if bool(logits.isnan().any()):
         raise NonFiniteError(f"{argument}: the logits hold NaN, so that there is no prediction")
     return logits
+
+
+def token_hint(logits: Tensor) -> str:
+    """What to do about logits (B, T, K), one row for each token; for the end of an error."""
+    return "; of a language model pick a token, head=lambda output: output.logits[:, -1]" * (logits.ndim == 3)
 
 
 def checked_rows(logits: Tensor, count: int, argument: str) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from ._call import WithState, state_of
+from ._loss import loss_of
 from ._state import StateLike, Tensors
 from ._tasks import Head, Task, device_of, logits_of, pairs
 from .errors import InputError, NonFiniteError, ShapeError
@@ -86,7 +87,8 @@ class SampleGradients:
 
         def value(parameters: dict[str, Tensor], *rows: Tensor) -> Tensor:
             left = iter(rows)
-            return self._value(head, parameters, *_each(lambda _: next(left).unsqueeze(0), batch))
+            inputs, targets = _each(lambda _: next(left).unsqueeze(0), batch)
+            return self._value(head, parameters, inputs, targets, argument)
 
         if self.together:
             try:
@@ -118,8 +120,10 @@ class SampleGradients:
                 found = torch.autograd.grad(number, list(leaves.values()), allow_unused=True)
             yield {key: g.unsqueeze(0) for key, g in zip(leaves, found, strict=True) if g is not None}
 
-    def _value(self, head: Head | None, parameters: dict[str, Tensor], inputs: Any, targets: Any) -> Tensor:
-        number = self.loss(self.logits(head, inputs, parameters), targets)
+    def _value(self, head: Head | None, parameters: dict[str, Tensor], inputs: Any, targets: Any, where: str) -> Tensor:
+        logits = self.logits(head, inputs, parameters)
+        # what looks at values cannot be vectorised
+        number = loss_of(self.loss, logits, targets, where, look_at_values=not self.together)
         if not isinstance(number, Tensor):
             raise TypeError(f"loss: expected a tensor, got {type(number).__name__}")
         if number.numel() != 1:

@@ -8,8 +8,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from .errors import InputError
+
+LABELS = "labels"  # the key of the targets in a batch that is a mapping
 
 Head: TypeAlias = Callable[[Any], Any]
 Batches: TypeAlias = Iterable[Any]
@@ -27,6 +30,12 @@ def as_tasks(tasks: Tasks, argument: str) -> dict[str, Task]:
     """A dict of `Task` from a mapping name -> (head, batches) or name -> batches, or from bare batches (one task)."""
     if not isinstance(tasks, Mapping):
         _check_batches(tasks, argument)
+        if isinstance(tasks, list | tuple) and _is_task(tasks[0]):
+            raise TypeError(
+                f"{argument}: expected tasks as a mapping of name -> (head, batches), or of name -> batches for a "
+                f"complete model, or the batches of one task; got a {type(tasks).__name__} of {len(tasks)} tasks "
+                "without names"
+            )
         return {"": Task(None, tasks)}
     if not tasks:
         raise InputError(f"{argument}: expected at least one task, got an empty mapping")
@@ -48,6 +57,18 @@ def named_tasks(tasks: Tasks, argument: str) -> dict[str, Task]:
     return as_tasks(tasks, argument)
 
 
+def _is_task(value: Any) -> bool:
+    """Whether it can be no batch, but is all batches of a task."""
+    if isinstance(value, DataLoader) or (isinstance(value, tuple) and len(value) == 2 and callable(value[0])):
+        return True
+    if not isinstance(value, list) or not value:
+        return False
+    if all(isinstance(item, Mapping) for item in value):  # two of them with different keys are inputs and targets
+        return len(value) != 2 or value[0].keys() == value[1].keys()
+    # collators make lists, and so a batch of nested pairs is a list of two lists, or of a tuple and a tensor
+    return all(isinstance(item, tuple if len(value) == 2 else tuple | list) and len(item) == 2 for item in value)
+
+
 def _check_batches(batches: object, argument: str) -> None:
     if isinstance(batches, Tensor | str) or not isinstance(batches, Iterable):
         raise TypeError(
@@ -67,9 +88,8 @@ def pairs(batches: Batches, argument: str, device: torch.device | None = None) -
     empty = True
     for batch in batches:
         empty = False
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise TypeError(f"{argument}: expected batches (inputs, targets), got {describe(batch)}")
-        yield moved(batch[0], device), moved(batch[1], device)
+        inputs, targets = _split(batch, argument)
+        yield moved(inputs, device), moved(targets, device)
     if empty:
         raise InputError(
             f"{argument}: expected at least one batch, got none; an iterator that is used up cannot start again: "
@@ -80,18 +100,36 @@ def pairs(batches: Batches, argument: str, device: torch.device | None = None) -
 def inputs_of(batches: Batches, argument: str, device: torch.device | None = None) -> Iterator[Any]:
     """The inputs of every batch, moved to `device`, for what needs no labels; an error if there is none.
 
-    A batch that is a pair, a tuple or list of two, is (inputs, targets), as everywhere; anything else is inputs.
+    A batch that is a pair, a tuple or list of two, is (inputs, targets), and a mapping with the key "labels" is (the
+    rest, targets), as everywhere; anything else is inputs.
     """
     empty = True
     for batch in batches:
         empty = False
         pair = isinstance(batch, tuple | list) and len(batch) == 2
-        yield moved(batch[0] if pair else batch, device)
+        yield moved(batch[0] if pair else without_labels(batch), device)
     if empty:
         raise InputError(
             f"{argument}: expected at least one batch, got none; an iterator that is used up cannot start again: "
             "pass a list or a DataLoader"
         )
+
+
+def without_labels(inputs: Any) -> Any:
+    """Inputs as the model gets them: of a mapping with the key "labels" the rest."""
+    if isinstance(inputs, Mapping) and LABELS in inputs:
+        return {key: value for key, value in inputs.items() if key != LABELS}
+    return inputs
+
+
+def _split(batch: Any, argument: str) -> tuple[Any, Any]:
+    """The inputs and the targets of a batch: a pair, or a mapping as Hugging Face's collators make it."""
+    if isinstance(batch, Mapping) and LABELS in batch:
+        return without_labels(batch), batch[LABELS]
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        without = f"; a mapping needs the targets under the key {LABELS!r}" * isinstance(batch, Mapping)
+        raise TypeError(f"{argument}: expected batches (inputs, targets), got {describe(batch)}{without}")
+    return batch[0], batch[1]
 
 
 def describe(value: object) -> str:
@@ -100,6 +138,8 @@ def describe(value: object) -> str:
         return f"a bare tensor of shape {tuple(value.shape)}"
     if isinstance(value, tuple | list):
         return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} of {', '.join(map(repr, value)) or 'nothing'}"
     return type(value).__name__
 
 

@@ -7,7 +7,8 @@ and that the optimizer is not given them::
     load_fused(model, base, heard)
     losses = realign(Accelerator(gradient_accumulation_steps=2), model, few_samples, epochs=10)
 
-`few_samples` is a DataLoader of (inputs, targets). The model is realigned in place.
+`few_samples` is a DataLoader of what a collator of Hugging Face makes, {"input_ids": ..., "labels": ...}, of which
+their models know the loss themselves; or of (inputs, targets). The model is realigned in place.
 """
 
 from collections.abc import Iterable, Mapping
@@ -32,9 +33,10 @@ def realign(accelerator: Accelerator, model: nn.Module, loader: Any, *, epochs: 
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     wrapped, optimizer, loader = accelerator.prepare(model.train(), optimizer, loader)
     for _ in range(epochs):
-        for inputs, targets in loader:
+        for batch in loader:
             with accelerator.accumulate(wrapped):
-                loss = cross_entropy(wrapped(inputs), targets)
+                labelled = isinstance(batch, Mapping)
+                loss = wrapped(**batch).loss if labelled else cross_entropy(wrapped(batch[0]), batch[1])
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()

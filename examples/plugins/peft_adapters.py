@@ -37,5 +37,5 @@ def fuse_adapters(
     return rule(sent if reception is None else transmit(sent, reception, seed=seed), **options)
 
 
-def save_as_adapter(update: TaskVector, folder: Folder, model: nn.Module, rank: int) -> None:
-    low_rank(update, rank).save_adapter(folder, model=model)
+def save_as_adapter(update: TaskVector, folder: Folder, model: nn.Module, rank: int, **says: str | None) -> None:
+    low_rank(update, rank).save_adapter(folder, model=model, **says)  # base_model_name=, task_type="CAUSAL_LM"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._call import check_model, logit_matrix
+from .._loss import check_classes
 from .._state import check_keys, finite_number
 from .._tasks import Batches, Head, as_tasks, device_of, logits_of, mode, pairs
 from ..errors import InputError, ShapeError
@@ -27,7 +28,8 @@ def accuracy(model: nn.Module, batches: Batches, *, head: Head | None = None) ->
 
     Args:
         model: an encoder, or a complete classifier if `head` is None.
-        batches: iterable of (inputs, targets) with targets (B,) class indices; moved to the model's device.
+        batches: iterable of (inputs, targets), or of mappings with the key "labels" and the rest as inputs; targets are
+            (B,) class indices. Moved to the model's device.
         head: turns the encoder's output into logits (B, K).
 
     Returns:
@@ -69,11 +71,7 @@ def _classes(targets: Any, predicted: Tensor, count: int) -> Tensor:
         raise ShapeError(f"batches: expected targets of shape {tuple(predicted.shape)}, got {tuple(targets.shape)}")
     if count < 2:
         raise ShapeError("model: expected logits of at least two classes, got one column")
-    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < count:
-        raise InputError(
-            f"batches: expected class indices from 0 to {count - 1}, one for each column of the logits, got "
-            f"{int(targets.min())} to {int(targets.max())}; is this the right head?"
-        )
+    check_classes(targets, count, "batches")
     return targets
 
 

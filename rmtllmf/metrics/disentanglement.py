@@ -20,7 +20,7 @@ from .._state import (
     is_bendable,
     map_tied,
 )
-from .._tasks import Tasks, device_of, mode, named_tasks, pairs
+from .._tasks import Tasks, device_of, inputs_of, mode, named_tasks
 from ..errors import InputError
 
 __all__ = ["Disentanglement", "checked_vectors", "moved_by", "weight_disentanglement_error"]
@@ -65,7 +65,8 @@ def weight_disentanglement_error(
         model: its parameters are not used and not touched: one encoder, or a complete model.
         base: :math:`\theta_0`: a module (such as `model`), a state dict or the path of a safetensors file.
         vectors: N >= 2 task vectors, in the order of `tasks` or a mapping of the same names.
-        tasks: name -> (head, batches), or name -> batches for a complete model; batches are (inputs, targets).
+        tasks: name -> (head, batches), or name -> batches for a complete model; batches are inputs, or (inputs,
+            targets), of which the labels play no part.
         scale: :math:`\lambda_N` of the sum; None: `rmtllmf.taskvec.heuristic_scale` of N.
         single_scale: :math:`\lambda_i` of each task's own vector; None: as `scale`.
 
@@ -101,7 +102,7 @@ def weight_disentanglement_error(
         for (name, task), tau in zip(named.items(), taus, strict=True):
             alone = WithState(model, moved_by(origin, [own_scale], [tau]))
             differ = count = 0
-            for inputs, _ in pairs(task.batches, f"tasks[{name!r}]", device_of(model)):
+            for inputs in inputs_of(task.batches, f"tasks[{name!r}]", device_of(model)):
                 first = alone.predictions(task.head, inputs, f"tasks[{name!r}]")
                 second = joint.predictions(task.head, inputs, f"tasks[{name!r}]")
                 differ += int((first != second).sum())

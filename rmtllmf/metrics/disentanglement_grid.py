@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._call import WithState, check_model
 from .._display import spread
 from .._state import StateLike, Tensors, finite_number
-from .._tasks import Task, Tasks, device_of, mode, named_tasks, pairs
+from .._tasks import Task, Tasks, device_of, inputs_of, mode, named_tasks
 from ..errors import InputError
 from .disentanglement import checked_vectors, moved_by
 
@@ -75,8 +75,8 @@ def disentanglement_grid(
         model: its parameters are not used and not touched: one encoder, or a complete model.
         base: :math:`\theta_0`: a module (such as `model`), a state dict or the path of a safetensors file.
         vectors: two task vectors, in the order of `tasks` or a mapping of the same names.
-        tasks: two of name -> (head, batches), or name -> batches for a complete model; batches are (inputs, targets),
-            of which the labels play no part.
+        tasks: two of name -> (head, batches), or name -> batches for a complete model; batches are inputs or
+            (inputs, targets), of which the labels play no part.
         scales: S strictly increasing numbers.
 
     Returns:
@@ -112,7 +112,7 @@ def disentanglement_grid(
     with mode(False, model, *(task.head for task in named.values())):
         for index, (name, task) in enumerate(named.items()):
             differ, count = torch.zeros(len(steps), len(steps), dtype=torch.float64), 0
-            for inputs, _ in pairs(task.batches, f"tasks[{name!r}]", device_of(model)):
+            for inputs in inputs_of(task.batches, f"tasks[{name!r}]", device_of(model)):
                 changed, size = _changed(at, steps, index, name, task, inputs)
                 differ += changed
                 count += size

@@ -13,7 +13,7 @@ from .._call import WithState, check_model, state_of
 from .._display import counted
 from .._random import Seed, seed_number
 from .._state import StateLike, finite_number, whole_number
-from .._tasks import Head, device_of, mode, moved
+from .._tasks import Head, device_of, mode, moved, without_labels
 from ..errors import InputError
 from ._exact import exact_deviations
 from ._inputs import batch_size
@@ -185,7 +185,7 @@ def prepared(
     degrees = math.inf if method == "exact" else float(count)
 
     def test(inputs: Any, head: Head | None) -> DisturbanceTest:
-        inputs = moved(inputs, device)
+        inputs = moved(without_labels(inputs), device)
         if method == "exact":
             z_u, z_d, deviation = exact_deviations(clean, bent, variance, inputs, head)
         else:

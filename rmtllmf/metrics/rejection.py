@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._random import Seed
 from .._state import StateLike, finite_number
-from .._tasks import Tasks, mode, named_tasks, pairs
+from .._tasks import Tasks, inputs_of, mode, named_tasks
 from ..errors import InputError
 from ._inputs import batch_size
 from ._variances import Tolerated
@@ -125,8 +125,8 @@ def task_disturbance(
 
     Args:
         model, undisturbed, disturbed, tolerated_variance, alpha, tangents, seed: as for `disturbance_test`.
-        tasks: name -> (head, batches), or name -> batches for a complete model; batches are (inputs, targets). Heads
-            are not disturbed.
+        tasks: name -> (head, batches), or name -> batches for a complete model; batches are inputs or
+            (inputs, targets). Heads are not disturbed.
         method: "jvp", whole batches at once, which needs a `seed`; or "exact".
         per, level: as for `rejection_rate`.
 
@@ -155,7 +155,7 @@ def task_disturbance(
     with mode(False, model, *(task.head for task in named.values())):
         for name, task in named.items():
             parts = []
-            for inputs, _ in pairs(task.batches, f"tasks[{name!r}]"):
+            for inputs in inputs_of(task.batches, f"tasks[{name!r}]"):
                 batch_size(inputs)
                 parts.append(test(inputs, task.head))
             rates[name] = rejection_rate(_joined(parts), per=per, level=level)

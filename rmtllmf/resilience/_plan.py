@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .._display import counted, course
+from .._loss import loss_of
 from .._state import StateLike, finite_number, quoted, select_names, whole_number
 from .._tasks import Task, Tasks, as_tasks, device_of, logits_of, mode, pairs
 from ..errors import InputError, NonFiniteError, ShapeError
@@ -130,7 +131,7 @@ class Plan:
                 total = 0.0
                 for name, task in self.tasks.items():
                     inputs, targets = next(batches[name])
-                    value = self.loss(logits_of(self.model, task.head, inputs), targets)
+                    value = loss_of(self.loss, logits_of(self.model, task.head, inputs), targets, _named(name))
                     total += _check_loss(value, step, name)
                     # `inputs=`: a head that hides parameters in a closure gets no gradients either
                     (value / len(self.tasks)).backward(inputs=parameters)
@@ -212,7 +213,8 @@ def prepare(
         if half and steps:
             raise InputError(
                 f"model: {half[0]!r} is {trained[half[0]].dtype}, in which small steps round to nothing; realign in "
-                "float32 (model.float(), and back afterwards), or give an `optimizer` that keeps float32 copies"
+                "float32, both the model (model.float()) and a `base` or `anchor` of half precision, and back "
+                "afterwards; or give an `optimizer` that keeps float32 copies"
             )
         peak = 1e-4 if lr is None else finite_number(lr, "lr", positive=True)
         decay = 0.0 if weight_decay is None else finite_number(weight_decay, "weight_decay")
@@ -284,9 +286,12 @@ def choose(
 
 
 def _endless(task: Task, name: str, device: torch.device | None) -> Iterator[tuple[Any, Any]]:
-    argument = f"tasks_or_batches[{name!r}]" if name else "tasks_or_batches"
     while True:
-        yield from pairs(task.batches, argument, device)
+        yield from pairs(task.batches, _named(name), device)
+
+
+def _named(task: str) -> str:
+    return f"tasks_or_batches[{task!r}]" if task else "tasks_or_batches"
 
 
 def _single(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:

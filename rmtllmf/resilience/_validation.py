@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._loss import loss_of
 from .._state import whole_number
 from .._tasks import Task, Tasks, as_tasks, device_of, logits_of, mode, pairs
 from ..errors import InputError, NonFiniteError, ShapeError
@@ -101,7 +102,7 @@ class Watch:
         total, count = 0.0, 0
         with mode(False, self._model, task.head):
             for inputs, targets in pairs(task.batches, _argument(name), device_of(self._model)):
-                value = self._loss(logits_of(self._model, task.head, inputs), targets)
+                value = loss_of(self._loss, logits_of(self._model, task.head, inputs), targets, _argument(name))
                 if not isinstance(value, Tensor) or value.numel() != 1:
                     got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                     raise ShapeError(f"loss: expected one number on {_argument(name)}, got {got}")

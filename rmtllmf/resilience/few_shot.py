@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ def few_shot(dataset: Dataset[Any], shots: int = 10, *, seed: Seed) -> Subset[An
     What is drawn of a class depends on the seed, the class and its samples only: another class more changes nothing.
 
     Args:
-        dataset: a map-style dataset of (input, label) with one label each, a whole number or a string. Labels are read
+        dataset: a map-style dataset of (input, label), or of mappings with the key "labels" or "label" as in Hugging
+            Face's datasets, with one label each, a whole number or a string. Labels are read
             without loading inputs from a ``TensorDataset`` (its last tensor), from ``targets`` or ``labels``
             (torchvision's datasets, ``ImageFolder``), and through ``Subset`` and ``ConcatDataset``; any other dataset
             is gone through once.
@@ -99,8 +100,13 @@ def _label_reader(dataset: Any) -> Callable[[int], Any]:
 
 
 def _second(sample: Any, index: int) -> Any:
+    if isinstance(sample, Mapping):
+        for key in ("labels", "label"):
+            if key in sample:
+                return sample[key]
     if not isinstance(sample, tuple | list) or len(sample) != 2:
-        raise TypeError(f"dataset[{index}]: expected a pair (input, label), got {describe(sample)}")
+        without = "; a mapping needs the key 'labels' or 'label'" * isinstance(sample, Mapping)
+        raise TypeError(f"dataset[{index}]: expected a pair (input, label), got {describe(sample)}{without}")
     return sample[1]
 
 

@@ -57,12 +57,15 @@ def realign(
         model: one encoder for all tasks, or a complete model.
         tasks_or_batches: name -> (head, batches), with logits ``head(model(inputs))``; or the batches of a complete
             model. Batches are (inputs, targets), in anything that can be gone through again: a DataLoader, a list.
-            Inputs that are a tuple or a mapping become positional or keyword arguments.
+            Inputs that are a tuple or a mapping become positional or keyword arguments. A batch that is a mapping with
+            the key "labels", as Hugging Face's collators make them, is (the rest of it, its labels).
         steps: number of steps, at least 0.
         frozen: names or glob patterns of parameters and buffers that must keep their values; wins over `trainable`.
             A tied parameter is meant under any of its names.
         trainable: names or glob patterns of the parameters to train; None: those with `requires_grad`.
-        loss: of logits and targets, a scalar. The default takes class indices.
+        loss: of logits and targets, a scalar. The default takes class indices, one a sample; to train a language model
+            on all tokens pass one that shifts by one, such as ``lambda logits, labels: cross_entropy(logits[:,
+            :-1].flatten(0, 1), labels[:, 1:].flatten())``.
         lr: peak step size of AdamW; None: 1e-4.
         weight_decay: of AdamW; None: 0, since decay would pull away from the base model.
         warmup: share of the steps with linearly rising step size, followed by a cosine to 0; None: 0.1.
@@ -97,10 +100,12 @@ def realign(
 
     Raises:
         InputError: a pattern that matches nothing, nothing left to train, a task without batches or with an iterator
-            that is used up, half-precision parameters without an `optimizer`, `steps` or `lr` out of range.
+            that is used up, half-precision parameters without an `optimizer`, `steps` or `lr` out of range, a label
+            that is no class of the logits'.
         NonFiniteError: a loss or a gradient that is not finite, before the step is taken, or a parameter that is not
             after the last.
-        ShapeError: the loss is not one number, or a weight of the anchor does not broadcast to its parameter.
+        ShapeError: the loss is not one number, targets do not fit the logits, or a weight of the anchor does not
+            broadcast to its parameter.
         StateMismatchError: `anchor` lacks a trained parameter, or has another shape or dtype.
 
     Source: R-MTLLMF, section III, step "realignment" (few-shot fine-tuning with frozen embeddings); the anchor: Li,

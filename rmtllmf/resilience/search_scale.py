@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .._display import spread
+from .._loss import loss_of
 from .._state import StateLike, Tensors, finite_number, whole_number
 from .._tasks import Head, Tasks, as_tasks, device_of, logits_of, mode, pairs
 from ..errors import InputError, NonFiniteError, ShapeError
@@ -83,7 +84,7 @@ def search_scale(
         update: :math:`\tau`, name -> tensor, what a rule of fusion returns. What it does not name stays as in `base`,
             and so do integer entries and running statistics.
         tasks: name -> (head, batches), with logits ``head(model(inputs))``; or the batches of a complete model.
-            Batches are (inputs, targets).
+            Batches are (inputs, targets), or mappings with the key "labels".
         scales: the grid, to which 0 is added; None: 0, 1/8, 1/4, 1/2, 1, 2, 4. Nothing outside of it is looked at.
         loss: of logits and targets, a scalar: the mean over the samples of a batch. Every sample of a task counts the
             same, where targets are tensors with one entry or row a sample; else every batch does.
@@ -249,12 +250,13 @@ class _Samples(NamedTuple):
             logits = logits_of(model, head, inputs)
             size = _size(targets)
             if not self.each:
-                values.append(_number(self.loss(logits, targets), where))
+                values.append(_number(loss_of(self.loss, logits, targets, where), where))
                 weights.append(1 if size is None else size)
                 continue
             if not isinstance(logits, Tensor) or logits.shape[:1] != targets.shape[:1]:
                 raise InputError(f"{where}: one_standard_error needs logits as a tensor with one row for each target")
-            values += [_number(self.loss(logits[k : k + 1], targets[k : k + 1]), where) for k in range(len(targets))]
+            rows = zip(logits.split(1), targets.split(1), strict=True)
+            values += [_number(loss_of(self.loss, *row, where), where) for row in rows]
         row = torch.tensor(values, dtype=torch.float64)
         return row if self.each else (row @ torch.tensor(weights, dtype=torch.float64) / sum(weights))[None]
 

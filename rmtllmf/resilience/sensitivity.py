@@ -14,7 +14,7 @@ from torch.func import functional_call
 from .._arrays import ArrayLike
 from .._random import Seed, generator, seed_number
 from .._state import Tensors, check_keys, check_shapes, whole_number, wide
-from .._tasks import device_of, logits_of, mode, moved
+from .._tasks import device_of, logits_of, mode, moved, without_labels
 from ..channel import Reception
 from ..errors import InputError, NonFiniteError
 from ._energy import Energy, energy_of
@@ -153,7 +153,7 @@ class _Changes:
         device = device_of(model)
         if isinstance(inputs, Tensor | Mapping | str) or not isinstance(inputs, Iterable):
             raise TypeError(f"inputs: expected batches of inputs, such as a list of them, got {type(inputs).__name__}")
-        self.inputs = [moved(batch, device) for batch in inputs]
+        self.inputs = [moved(without_labels(batch), device) for batch in inputs]
         if not self.inputs:
             raise InputError("inputs: expected at least one batch, got none")
 

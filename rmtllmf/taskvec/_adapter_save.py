@@ -22,6 +22,7 @@ from ..errors import InputError, StateMismatchError
 from ._adapter_file import CONFIG, WEIGHTS
 
 EMBEDDING = re.compile(r"(^|\.)(wte|wpe|shared|[^.]*embed[^.]*)$", re.IGNORECASE)
+TASK_TYPES = ("CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")  # PEFT's, of models without a head of their own
 IN_OUT = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
 
 
@@ -38,10 +39,17 @@ def save_adapter(
     fan_in_fan_out: bool | None,
     rest_is: str,
     overwrite: bool,
+    task_type: str | None = None,
 ) -> None:
     """What `LowRank.save_adapter` does; everything is checked before anything is written."""
     if rest_is not in ("error", "drop"):
         raise InputError(f"rest: expected 'error' or 'drop', got {rest_is!r}")
+    if task_type is not None and task_type not in TASK_TYPES:
+        raise InputError(
+            f"task_type: expected one of {quoted(TASK_TYPES)} or None, got {task_type!r}; for those that have a head "
+            "(SEQ_CLS, TOKEN_CLS, QUESTION_ANS) PEFT looks for it in the adapter, which holds factors only: leave it "
+            "out, and load with PeftModel.from_pretrained(model, folder)"
+        )
     target = os.path.abspath(os.fspath(folder))
     _check_target(target, overwrite)
     tables, turned = _layouts(shapes, list(A), model, embeddings, fan_in_fan_out)
@@ -72,7 +80,7 @@ def save_adapter(
         tensors[f"{name}.lora_B.weight"] = up.reshape(*up.shape, *(1 for _ in kernel))
     tensors = {key: value.cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     ranks = {key.removesuffix(".weight"): len(A[key]) for key in held}
-    _write(target, _config(ranks, base_model_name, bool(turned)), tensors)
+    _write(target, _config(ranks, base_model_name, bool(turned), task_type), tensors)
 
 
 def _layouts(
@@ -130,7 +138,9 @@ def _check_model(held: list[str], shapes: Mapping[str, tuple[int, ...]], model: 
             )
 
 
-def _config(ranks: Mapping[str, int], base_model_name: str | None, turned: bool) -> dict[str, object]:
+def _config(
+    ranks: Mapping[str, int], base_model_name: str | None, turned: bool, task_type: str | None
+) -> dict[str, object]:
     """PEFT's configuration: scale alpha / r = 1 for every layer."""
     usual = Counter(ranks.values()).most_common(1)[0][0]
     # anchored, and with dots as dots: a name also matches layers whose name ends with it
@@ -150,7 +160,7 @@ def _config(ranks: Mapping[str, int], base_model_name: str | None, turned: bool)
         "r": usual,
         "rank_pattern": others,
         "target_modules": sorted(ranks),
-        "task_type": None,
+        "task_type": next((name for name in TASK_TYPES if name == task_type), None),  # PEFT's own are an enumeration
         "use_dora": False,
         "use_rslora": False,
     }

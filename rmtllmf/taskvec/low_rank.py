@@ -84,6 +84,7 @@ class LowRank:
         fan_in_fan_out: bool | None = None,
         rest: str = "error",
         overwrite: bool = False,
+        task_type: str | None = None,
     ) -> None:
         r"""Write a LoRA adapter that ``PeftModel.from_pretrained`` loads, and whose merging adds :math:`B A`.
 
@@ -102,10 +103,15 @@ class LowRank:
             rest: what happens to what an adapter cannot hold (biases, norms, matrices that are no layer's weight, tied
                 tensors, convolutions in groups): "error" if any of it is not zero, or "drop".
             overwrite: whether an adapter that is there is replaced, if the folder holds nothing but its two files.
+            task_type: what the configuration says the model is: "CAUSAL_LM", "SEQ_2_SEQ_LM" or "FEATURE_EXTRACTION".
+                With it and a `base_model_name` ``AutoPeftModelForCausalLM.from_pretrained`` loads base model and
+                adapter in one go. Of the adapters that were fused it is in their configurations; an update does not
+                know it. None: nothing is said, which ``PeftModel.from_pretrained(model, folder)`` does not mind.
 
         Raises:
             InputError: something would be lost, and `rest` is not "drop"; it cannot be told what is an embedding or
-                stores (in, out); no factor is the weight of a layer.
+                stores (in, out); no factor is the weight of a layer; another
+                `task_type`.
             FileExistsError: the folder exists, and `overwrite` is not set or would delete other files.
             StateMismatchError: `model` lacks a layer, or its weight has another shape.
 
@@ -132,6 +138,7 @@ class LowRank:
             fan_in_fan_out=fan_in_fan_out,
             rest_is=rest,
             overwrite=overwrite,
+            task_type=task_type,
         )
 
     def __repr__(self) -> str:

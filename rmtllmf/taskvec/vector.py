@@ -261,6 +261,9 @@ class TaskVector(Mapping[str, Tensor]):
     def map(self, function: Callable[[str, Tensor], Tensor]) -> Self:
         """A vector of the same names with ``function(name, tensor)`` in place of every tensor.
 
+        The function is called once a name. Tied entries stay tied only if it returns the same tensor for both; what is
+        calculated anew, as in the example, is two tensors with the same entries.
+
         Raises:
             TypeError: the function returned something that is no floating-point tensor.
 

@@ -14,6 +14,7 @@ PRIVATE = (
     "_random",
     "_tasks",
     "_call",
+    "_loss",
     "_classifier",
     "_threads",
     "_sharded",

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from plugins.fsdp2 import fuse_into, over_the_air, save_whole, shard
 from rmtllmf.channel import transmit
-from rmtllmf.taskvec import TaskVector, iso_c, task_arithmetic, ties
+from rmtllmf.taskvec import TaskVector, fuse, iso_c, task_arithmetic, ties
 
 MSE = [0.1, 0.5]
 RULES = {"task_arithmetic": (task_arithmetic, {"scale": 0.4}), "ties": (ties, {"density": 0.3}), "iso_c": (iso_c, {})}
@@ -42,6 +42,44 @@ def train(model, number):
 
 def whole(state):
     return {name: tensor.full_tensor().clone() for name, tensor in state.items()}
+
+
+class Tied(nn.Module):
+    """A head that shares its matrix with an embedding, as in many language models."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def check_tied(mesh):
+    """What the page says: two tensors in the state dict, and one again once a name is taken out of it."""
+    torch.manual_seed(0)
+    single = Tied()
+    model = shard(copy.deepcopy(single), [], mesh)
+    assert model.head.weight is model.embed.weight
+    base = copy.deepcopy(model.state_dict())
+    tuned = {name: tensor + torch.ones_like(tensor) for name, tensor in base.items()}
+    vector = TaskVector.between(base, tuned)
+    assert len(vector) == 2
+    assert abs(vector.norm() - 56**0.5) < 1e-5  # 28 entries, twice
+    heard = [whole(vector) for vector in over_the_air([vector], MSE[1], seed=0)]
+    assert not torch.equal(heard[0]["embed.weight"], heard[0]["head.weight"])
+    # of one process, where it is one tensor
+    one = TaskVector.between(single.state_dict(), {name: tensor + 1 for name, tensor in single.state_dict().items()})
+    sent = one.select("embed.weight")
+    expected = ties([TaskVector(v) for v in transmit([sent], MSE[1], seed=0)], density=0.3).apply_to(
+        single.state_dict()
+    )
+    for state in (base, tuned):
+        del state["head.weight"]
+    received = over_the_air([TaskVector.between(base, tuned)], MSE[1], seed=0)
+    model.load_state_dict(fuse(base, received, ties, density=0.3), strict=False)
+    assert model.head.weight is model.embed.weight
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.full_tensor(), expected[name])
 
 
 def main(folder):
@@ -73,6 +111,7 @@ def main(folder):
                 assert isinstance(state[key], DTensor)
                 assert state[key].placements == base[key].placements
                 assert torch.equal(state[key].full_tensor(), tensor + update[key]), (name, air, key)
+    check_tied(mesh)
     path = os.path.join(folder, "fused.safetensors")
     save_whole(model, path)
     dist.barrier()

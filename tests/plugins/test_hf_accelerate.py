@@ -81,3 +81,39 @@ def test_steps_are_those_of_a_loop_written_by_hand(fusion, accumulated):
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, expected.state_dict()[name])
         assert torch.equal(tensor, base[name]) == (name in FROZEN), name
+
+
+@pytest.mark.parametrize("head", ["LlamaForCausalLM", "LlamaForSequenceClassification"])
+def test_models_and_batches_of_hugging_face(head):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=20,
+        num_labels=2,
+        pad_token_id=0,
+    )
+    model = getattr(transformers, head)(config)
+    base = copy.deepcopy(model.state_dict())
+    sent = [{name: 0.02 * torch.randn_like(tensor) for name, tensor in base.items()} for _ in range(2)]
+    heard = [TaskVector(vector) for vector in transmit(sent, 0.1, seed=0)]
+    ids = torch.randint(1, 20, (16, 6))
+    labels = ids if head == "LlamaForCausalLM" else ids[:, -1] % 2
+    rows = [
+        {"input_ids": i, "attention_mask": torch.ones_like(i), "labels": y} for i, y in zip(ids, labels, strict=True)
+    ]
+    loader = DataLoader(rows, batch_size=8, collate_fn=transformers.default_data_collator)
+
+    load_fused(model, base, heard)
+    start = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        first = float(model(**next(iter(loader))).loss)
+    losses = realign(accelerate.Accelerator(cpu=True), model, loader, epochs=15, lr=1e-2)
+    assert losses[0] == pytest.approx(first)
+    assert sum(losses[-2:]) < 0.7 * sum(losses[:2])
+    state = model.state_dict()
+    assert torch.equal(state["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+    assert not torch.equal(state["model.layers.0.mlp.up_proj.weight"], start["model.layers.0.mlp.up_proj.weight"])

@@ -252,9 +252,9 @@ BAD_GRADIENTS = {
         r"loss: expected one number, got shape \(1, 2\)",
     ),
     "no loss": ((LINEAR, [(X, Y)]), {"loss": lambda logits, targets: 1.0}, TypeError, "loss: expected a tensor, got"),
-    "classes": ((LINEAR, [(X, Y + 5)]), {}, IndexError, "out of bounds"),
+    "classes": ((LINEAR, [(X, Y + 5)]), {}, InputError, "indices from 0 to 1, .*got 5 to"),
     "widths": ((LINEAR, [(X[:, :2], Y)]), {}, RuntimeError, "shapes cannot be multiplied"),
-    "pair": ((Pair(3, 2), [(X, Y)]), {}, TypeError, "must be Tensor, not tuple"),
+    "pair": ((Pair(3, 2), [(X, Y)]), {}, TypeError, "expected logits as a tensor .*, got tuple"),
     "infinite": ((LINEAR, [(X * math.inf, Y)]), {}, NonFiniteError, "the gradient of 'weight' is not finite"),
 }
 

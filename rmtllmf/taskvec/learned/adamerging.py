@@ -57,8 +57,9 @@ def adamerging_coefficients(
         vectors: N mappings of name -> tensor with the same keys and shapes. Not written to.
         model: one encoder for all tasks, or a complete model. Not written to.
         tasks: name -> (head, batches), with logits ``head(model(inputs))``; or the batches of a complete model. Batches
-            are inputs or (inputs, targets), of which the targets are not looked at. The paper uses the test inputs, 16
-            a batch. The order of the tasks need not be that of the vectors.
+            are inputs or (inputs, targets), of which the targets are not looked at, no more than the key "labels" of
+            mappings. The paper uses the test inputs, 16 a batch. The order of the tasks need not be that of the
+            vectors.
         base: :math:`\theta_0`: a module, a state dict or the path of a safetensors file; None: the weights of `model`.
         by: "layer": a coefficient for every tensor of every vector, or "task": one for every vector.
         start: every coefficient before the first step.

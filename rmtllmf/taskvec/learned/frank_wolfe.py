@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from typing_extensions import Unpack
 
 from ..._call import WithState
+from ..._loss import loss_of
 from ..._state import StateLike, Tensors, finite_number, whole_number, wide
 from ..._tasks import Task, Tasks, mode
 from ...errors import InputError
@@ -64,7 +65,8 @@ def frank_wolfe_coefficients(
         vectors: N mappings of name -> tensor with the same keys and shapes. Not written to.
         model: one encoder for all tasks, or a complete model. Not written to.
         tasks: name -> (head, batches), with logits ``head(model(inputs))``; or the batches of a complete model. Batches
-            are (inputs, targets). A few samples will do: the paper takes about a hundred of every task.
+            are (inputs, targets), or mappings with the key "labels". A few samples will do: the paper takes about a
+            hundred of every task.
         base: :math:`\theta_0`: a module, a state dict or the path of a safetensors file; None: the weights of `model`.
         by: "layer": every tensor goes its own way, its coefficients are its own; or "task": all go the same.
         start: :math:`\lambda`; None: `heuristic_scale` of N. 0 is the base model.
@@ -232,7 +234,7 @@ def _mean_loss(
         for inputs, targets, share in batches[where]:
 
             def down(logits: Tensor, where: str = where, targets: Any = targets, share: float = share) -> float:
-                value = entropy(logits) if loss is None else loss(logits, targets)
+                value = entropy(logits) if loss is None else loss_of(loss, logits, targets, where)
                 return share * descend(value, share / len(tasks), parameters, where)
 
             head = rows_of(task.head) if loss is None else task.head

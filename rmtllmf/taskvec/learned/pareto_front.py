@@ -130,7 +130,8 @@ def pareto_front(
         vectors: N mappings of name -> tensor with the same keys and shapes. Not written to.
         model: one encoder for all tasks, or a complete model. Not written to.
         tasks: name -> (head, batches), with logits ``head(model(inputs))``, or name -> batches of a complete model. T
-            of them, which need not be those of the vectors. Batches are (inputs, targets).
+            of them, which need not be those of the vectors. Batches are (inputs, targets), or mappings with the
+            key "labels".
         seed: of the sampled coefficients and of NSGA-II.
         base: :math:`\theta_0`: a module, a state dict or the path of a safetensors file; None: the weights of `model`.
         metric: of logits and targets, the mean over a batch; None: the accuracy.
