@@ -90,7 +90,10 @@ def worst_case(
     Note:
         Gradients with respect to all four arguments are exact, at repeated eigenvalues too. Where `C` is not
         differentiable they are one-sided (``P_N = 0``, a mode about to be jammed) or leave out an infinite part (a zero
-        eigenvalue without a floor, all users silent). Second derivatives are not available, and say so.
+        eigenvalue without a floor, all users silent). The sum rate has exact second derivatives too (``hessian``,
+        ``create_graph=True``); those of the covariance and the level, and third ones, raise an InputError. Gradients
+        of complex arguments follow torch's convention: ``(H.grad.conj() * dH).sum().real`` is the change of the loss
+        when `H` changes by a small dH, and ``H - step * H.grad`` goes down.
 
         On a GPU the first large batch of every size measures whether its own eigensolver or the host's is the faster,
         and later ones use that: last bits may differ from process to process.
@@ -187,7 +190,8 @@ def worst_case_rate(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike 
         noise: (...) thermal noise power per antenna in W, the floor :math:`\sigma^2`, at least 0.
 
     Returns:
-        (...) nats per channel use. If a gradient is asked for it is computed by `worst_case`, which has it.
+        (...) nats per channel use. If a gradient is asked for it is computed by `worst_case`, which has first and
+        second derivatives.
 
     Raises:
         TypeError, ShapeError, InputError, ConvergenceError: as `worst_case`.
