@@ -70,7 +70,8 @@ def worst_case(
     Args:
         H: (..., N_R, Q) complex channel, path loss included. Any rank; more users than antennas are fine.
         P: transmit powers in W: a number, (..., Q), or (..., Q, Q) exactly diagonal. Zero for a silent user.
-        P_N: (...) the jammer's total power in W, at least 0 (0 gives ``C = 0``).
+        P_N: (...) the jammer's total power in W, at least 0 (0 gives ``C = 0``): what the base station *receives* of it
+            over all its antennas (:math:`\mathrm{tr}\, C`, behind its path loss), not what it transmits.
         noise: (...) thermal noise power per antenna in W, the floor :math:`\sigma^2`, at least 0.
         out: (..., N_R, N_R) memory to write the covariance into, of the shape, kind, precision and device that it
             would have, and apart from the inputs'; contiguous is the fastest. After an error it may hold anything.
@@ -146,7 +147,8 @@ def worst_case_covariance(
     Args:
         H: (..., N_R, Q) complex channel, path loss included.
         P: transmit powers in W: a number, (..., Q), or (..., Q, Q) exactly diagonal.
-        P_N: (...) the jammer's total power in W, at least 0.
+        P_N: (...) the jammer's total power in W, at least 0: what the base station *receives* of it over all its
+            antennas (:math:`\mathrm{tr}\, C`, behind its path loss), not what it transmits.
         noise: (...) thermal noise power per antenna in W, the floor :math:`\sigma^2`, at least 0.
         out: (..., N_R, N_R) memory to write the result into, as for `worst_case`.
 
@@ -186,7 +188,8 @@ def worst_case_rate(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike 
     Args:
         H: (..., N_R, Q) complex channel, path loss included.
         P: transmit powers in W: a number, (..., Q), or (..., Q, Q) exactly diagonal.
-        P_N: (...) the jammer's total power in W, at least 0.
+        P_N: (...) the jammer's total power in W, at least 0: what the base station *receives* of it over all its
+            antennas (:math:`\mathrm{tr}\, C`, behind its path loss), not what it transmits.
         noise: (...) thermal noise power per antenna in W, the floor :math:`\sigma^2`, at least 0.
 
     Returns:
