@@ -22,6 +22,11 @@ ArrayLike: TypeAlias = Tensor | NDArray[Any] | float | list[Any] | tuple[Any, ..
 _NUMPY_SINGLE = (np.complex64, np.float32, np.float16)
 _SINGLE = (torch.complex64, torch.complex32, torch.float32, torch.float16, torch.bfloat16)
 
+# what a negative number most likely is, for arguments that are linear; see `Inputs.nonnegative`
+_POWER = "powers are linear, in W: is it dBm? from_dbm({0})"
+_RATIO = "ratios are linear: is it dB? from_db({0})"
+_LINEAR = {**dict.fromkeys(("P", "P_N", "noise", "max_power", "target"), _POWER), "snr": _RATIO}
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -53,9 +58,11 @@ class Inputs:
         tensor = self._tensor(value, argument)
         if not tensor.is_complex():
             if not real_too or tensor.dtype == torch.bool:
+                cast = ".to(torch.complex128)" if isinstance(value, Tensor) else ".astype(complex)"
+                phase = "a channel has a phase" if argument == "H" else "amplitudes have phases"
                 raise TypeError(
-                    f"{argument}: expected complex numbers, got {tensor.dtype}; a channel has a phase, so cast it "
-                    "yourself (for example .to(torch.complex128)) if yours really is real"
+                    f"{argument}: expected complex numbers, got {tensor.dtype}; {phase}, so cast it yourself (for "
+                    f"example {cast}) if yours really is real"
                 )
         return self._finite(tensor.to(torch.complex128).resolve_conj(), argument)
 
@@ -70,7 +77,9 @@ class Inputs:
         """`value` as a float64 tensor without negative entries: a power."""
         tensor = self.real(value, argument)
         if bool((tensor.detach() < 0).any()):
-            raise InputError(f"{argument}: expected numbers >= 0, got {float(tensor.detach().min())}")
+            least = float(tensor.detach().min())
+            hint = f"; {_LINEAR[argument].format(least)}" if argument in _LINEAR else ""
+            raise InputError(f"{argument}: expected numbers >= 0, got {least}{hint}")
         return tensor
 
     def back(self, tensor: Tensor) -> Any:
@@ -108,7 +117,17 @@ class Inputs:
         return tensor
 
 
+def refuse_masked(value: object, argument: str) -> None:
+    """Raise if `value` is a masked array, or a list of them: the masks would be dropped in silence."""
+    if any(isinstance(part, np.ma.MaskedArray) for part in (value if isinstance(value, list | tuple) else [value])):
+        raise TypeError(
+            f"{argument}: expected numbers, got a masked array; fill its gaps with .filled(...), or leave out what is "
+            "masked and pass .data"
+        )
+
+
 def _as_array(value: object, argument: str) -> NDArray[Any]:
+    refuse_masked(value, argument)
     try:
         array = np.asarray(value)
     except ValueError as error:
@@ -157,11 +176,17 @@ def powers(P: Tensor, H: Tensor) -> Tensor:
 
 def batch_shape(*named: tuple[str, torch.Size]) -> torch.Size:
     """The common batch shape, or an error that names who does not fit."""
-    try:
-        return torch.broadcast_shapes(*(shape for _, shape in named))
-    except RuntimeError:
-        shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in named)
-        raise ShapeError(f"batch dimensions do not broadcast: {shapes}") from None
+    found = torch.Size()
+    for name, shape in named:
+        try:
+            found = torch.broadcast_shapes(found, shape)
+        except RuntimeError:
+            first = named[0][1]
+            told = [named[0], *((n, s) for n, s in named[1:] if n != "P" or s != first)]  # P has been expanded to H
+            shapes = ", ".join(f"{n} {tuple(s)}" for n, s in told)
+            hint = f"; to sweep {name} give it an axis of its own, as in {name}[:, None]" if name.isidentifier() else ""
+            raise ShapeError(f"batch dimensions do not broadcast: {shapes}{hint}") from None
+    return found
 
 
 def check_hermitian(C: Tensor, size: int, argument: str, eps: float) -> None:
@@ -181,9 +206,19 @@ def check_psd(eigenvalues: Tensor, argument: str, eps: float) -> None:
     values = eigenvalues.detach()
     low, high = values.amin(-1), values.abs().amax(-1)
     if bool((low < -_slack(eps) * high).any()):
+        hint = ""
+        if eps < SINGLE and not bool((low < -1e2 * SINGLE * high).any()):
+            hint = (
+                f", within the precision of complex64, but {argument} is in double precision; make all that it is the "
+                "sum of from complex128, H too"
+            )
         raise NotPSDError(
             f"{argument}: expected positive semidefinite matrices; the smallest eigenvalue is {float(low.min()):.3e}"
+            f"{hint}"
         )
+
+
+SINGLE = torch.finfo(torch.float32).eps
 
 
 def _slack(eps: float) -> float:
@@ -197,4 +232,4 @@ def resolution(*values: object) -> float:
         for value in values
         if getattr(value, "ndim", 0)
     )
-    return torch.finfo(torch.float32 if single else torch.float64).eps
+    return SINGLE if single else torch.finfo(torch.float64).eps

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+import numpy as np
 import torch
 
 __all__ = ["counted", "course", "decibels", "html_table", "spread"]
@@ -20,16 +21,22 @@ def counted(number: int, what: str) -> str:
 
 def spread(values: Any, unit: str = "") -> str:
     """Numbers, arrays or tensors in three digits, as their least and largest: ``"0.013 to 0.21 W"``."""
-    numbers = torch.as_tensor(values, dtype=torch.float64).detach().reshape(-1)
+    numbers = _tensor(values).reshape(-1)
     if not len(numbers):
         return "none"
     least, largest = (f"{float(end):.3g}" for end in (numbers.min(), numbers.max()))
     return " ".join(filter(None, [least if least == largest else f"{least} to {largest}", unit]))
 
 
+def _tensor(values: Any) -> torch.Tensor:
+    if isinstance(values, np.ndarray):  # a copy: torch warns of memory that it must not write to
+        values = torch.from_numpy(np.array(values, dtype=np.float64))
+    return torch.as_tensor(values, dtype=torch.float64).detach()
+
+
 def decibels(values: Any, unit: str = "dB") -> str:
     """Linear numbers as their least and largest in dB: ``"-16.2 to 3 dB"``; in W with the unit "dBm"."""
-    numbers = torch.as_tensor(values, dtype=torch.float64).detach()
+    numbers = _tensor(values)
     return spread(10 * torch.log10(numbers) + (30 if unit == "dBm" else 0), unit)
 
 

@@ -29,7 +29,10 @@ def seed_number(seed: Seed) -> int:
         drawn = torch.randint(0, 2**63 - 1, (), generator=seed, device=seed.device, dtype=torch.int64)
         return int(drawn)
     if isinstance(seed, bool | np.bool_ | torch.Tensor | np.ndarray) or not hasattr(seed, "__index__"):
-        raise TypeError(f"seed: expected an int or a torch.Generator, got {type(seed).__name__}")
+        kind = type(seed).__name__
+        if isinstance(seed, np.random.Generator):
+            kind = "NumPy's Generator; pass a number that it draws, int(rng.integers(2**63))"
+        raise TypeError(f"seed: expected an int or a torch.Generator, got {kind}")
     return index(seed)
 
 

@@ -20,6 +20,7 @@ from .errors import InputError, NonFiniteError, ShapeError, StateMismatchError
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 StateLike: TypeAlias = Tensors | nn.Module | str | os.PathLike[str]
+Door: TypeAlias = Callable[[Mapping[Any, Any], str], dict[Any, Any]]  # a mapping as it came in -> one of tensors
 
 RUNNING_STATISTICS = ("running_mean", "running_var")
 """Last part of the names of normalisation statistics: carried from the base, never bent, never scaled."""
@@ -42,14 +43,17 @@ def as_state(source: StateLike, argument: str) -> dict[str, Tensor]:
     return _checked(source, argument)
 
 
-def _checked(source: Mapping[Any, Any], argument: str) -> dict[str, Tensor]:
+def _checked(source: Mapping[Any, Any], argument: str, door: Door | None = None) -> dict[str, Tensor]:
     """A dict of the mapping, read once (it may make its tensors on access), with names and tensors for sure."""
     state = dict(source.items())
+    if door is not None:
+        state = door(state, argument)
     for key, value in state.items():
         if not isinstance(key, str):
             raise TypeError(f"{argument}: expected names as keys, got {key!r} of type {type(key).__name__}")
         if not isinstance(value, Tensor):
-            raise TypeError(f"{argument}[{key!r}]: expected a tensor, got {type(value).__name__}")
+            hint = "; torch.from_numpy makes one of it" if isinstance(value, np.ndarray) else ""
+            raise TypeError(f"{argument}[{key!r}]: expected a tensor, got {type(value).__name__}{hint}")
     return state
 
 
@@ -163,7 +167,9 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)
 
 
-def as_vectors(vectors: Iterable[Tensors], argument: str) -> list[dict[str, Tensor]]:
+def as_vectors(
+    vectors: Iterable[Mapping[str, Any]], argument: str, door: Door | None = None
+) -> list[dict[str, Tensor]]:
     """A list of dicts with the same keys, shapes and kinds of entries; an error unless there is at least one."""
     if isinstance(vectors, Mapping | str | bytes | Tensor | nn.Module) or not isinstance(vectors, Iterable):
         raise TypeError(
@@ -173,7 +179,7 @@ def as_vectors(vectors: Iterable[Tensors], argument: str) -> list[dict[str, Tens
     for index, vector in enumerate(vectors):
         if not isinstance(vector, Mapping):
             raise TypeError(f"{argument}[{index}]: expected a mapping of name -> tensor, got {type(vector).__name__}")
-        states.append(_checked(vector, f"{argument}[{index}]"))
+        states.append(_checked(vector, f"{argument}[{index}]", door))
     if not states:
         raise InputError(f"{argument}: expected at least one mapping of name -> tensor, got an empty sequence")
     kinds = {key: is_bendable(key, tensor.dtype) for key, tensor in states[0].items()}

@@ -79,11 +79,18 @@ def test_water_filling_leaves_out_modes_without_a_signal():
         ((np.ones((3, 2)) + 0j, 0.0, 1.0), InputError, "a power is 0"),
         ((np.ones((3, 2)) + 0j, 1.0, 0.0), InputError, "a power is 0"),
         ((np.ones((3, 2)), 1.0, 1.0), TypeError, "complex"),
+        ((np.ones((3, 2)) + 0j, 1.0, [1.0, 2.0]), ShapeError, r"P_N: expected one number.*\(2,\)"),
+        ((np.ones((3, 2)) + 0j, 1.0, -80.0), InputError, "P_N: .*from_dbm"),
     ],
 )
 def test_water_filling_refuses(arguments, error, pattern):
     with pytest.raises(error, match=pattern):
         water_filling(*arguments)
+
+
+def test_water_filling_takes_one_noise():
+    with pytest.raises(ShapeError, match=r"noise: expected one number, got an array of shape \(1,\)"):
+        water_filling(np.eye(2) + 0j, 1.0, 1.0, noise=np.array([0.1]))
 
 
 def test_distributions_are_empirical_ones():
@@ -218,7 +225,9 @@ def test_constellations_without_the_truth_have_one_colour():
         (([1j, 0], [1j]), 4, ShapeError, "sent: expected the shape"),
         (([1j], [1.0]), 4, TypeError, "sent: expected complex"),
         (([complex(np.nan, 0)],), 4, NonFiniteError, "NaN"),
-        (([1j],), 8, InputError, "modulation"),
+        (([1j],), 8, InputError, "modulation: expected 4, 16, 64, 256, got 8"),
+        (([1j],), "analog", InputError, "modulation: expected 4, 16, 64, 256, got 'analog'"),
+        ((np.ma.masked_array([1j]),), 4, TypeError, "received: .*masked"),
     ],
 )
 def test_constellations_refuse(arguments, order, error, pattern):

@@ -29,7 +29,8 @@ from .path_loss import free_space, log_distance
 from .path_loss_3gpp import los_probability, rma, uma, umi
 from .power_control import channel_inversion, fractional_power_control
 from .rate import sum_rate
-from .receivers import Reception, lmmse, sic
+from .receivers import lmmse, sic
+from .reception import Reception
 from .scenario import UplinkScenario
 from .scheduling import scheduled
 from .sionna import ldpc_decode, ldpc_encode, sionna_uplink

@@ -8,12 +8,16 @@ follows from `F` and `W`.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._arrays import check_psd
+from .._arrays import SINGLE, check_psd
+from ..errors import RmtllmfWarning
 
 _RANK = 1e-8  # a singular value of unit columns below this is zero
 _VISIBLE = {True: 1e-8, False: 1e-5}  # share of a channel in the noise-free space that counts (double, single)
@@ -47,9 +51,15 @@ class Whitened:
         return self.root @ signal
 
 
-def filters(
-    link: Received, design: Tensor, argument: str, eps: float, order: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+class Filters(NamedTuple):
+    """What a receiver is made of."""
+
+    F: Tensor  # (..., Q, Q)
+    W: Tensor  # (..., N_R, Q)
+    floorless: bool  # whether users are heard where a covariance of single precision has no noise: was there a floor?
+
+
+def filters(link: Received, design: Tensor, argument: str, eps: float, order: Tensor | None = None) -> Filters:
     """`F` and `W` of a receiver designed for `design`: linear, or cancelling users in `order` (..., Q).
 
     Eigenvalues of `design` below ``N_R eps max`` are null: there the receiver hears without noise. Only the batch
@@ -57,20 +67,21 @@ def filters(
     """
     regular = _regular(design, argument, eps)
     if bool(regular.all()):
-        return _regular_filters(whiten(link, design), order)
+        return Filters(*_regular_filters(whiten(link, design), order), False)
     batch = torch.broadcast_shapes(link.B.shape[:-2], design.shape[:-2], () if order is None else order.shape[:-1])
     antennas, users = link.B.shape[-2:]
     B = link.B.expand(*batch, antennas, users).reshape(-1, antennas, users)
     C = design.expand(*batch, antennas, antennas).reshape(-1, antennas, antennas)
     sequence = None if order is None else order.expand(*batch, users).reshape(-1, users)
     mask = regular.expand(batch).reshape(-1)
-    F, W = B.new_empty(len(B), users, users), torch.empty_like(B)
+    F, W, floorless = B.new_empty(len(B), users, users), torch.empty_like(B), False
     for part, function in ((mask, _regular_filters), (~mask, _singular_filters)):
         if bool(part.any()):
             own = Received(B[part], C[part], link.strength, link.eps_channel, eps)
             seen = whiten(own, C[part]) if function is _regular_filters else _whiten_singular(own, C[part], eps)
             F[part], W[part] = function(seen, None if sequence is None else sequence[part])
-    return F.reshape(*batch, users, users), W.reshape(*batch, antennas, users)
+            floorless |= eps >= SINGLE and seen.clear is not None and bool((seen.clear != 0).any())
+    return Filters(F.reshape(*batch, users, users), W.reshape(*batch, antennas, users), floorless)
 
 
 def log_det(link: Received, argument: str) -> Tensor:
@@ -81,6 +92,20 @@ def log_det(link: Received, argument: str) -> Tensor:
     rate = _log_det(seen := _whiten_singular(link, link.noise, link.eps_noise))
     assert seen.clear is not None
     return torch.where((seen.clear != 0).any(-1).any(-1), torch.inf, rate)
+
+
+def warn_floorless() -> None:
+    """Say at the caller's line that a floor may have been lost."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("rmtllmf", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        "C: is singular to the precision of complex64, and users are received where it has no noise, as if "
+        "there were none (MSE 0, infinite rate). If there is thermal noise, 60 dB or more below the jammer, make and "
+        "pass H and C in complex128",
+        RmtllmfWarning,
+        stacklevel=level,
+    )
 
 
 def whiten(link: Received, C: Tensor) -> Whitened:

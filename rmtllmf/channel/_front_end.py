@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._arrays import Array, ArrayLike, Inputs
 from ..errors import InputError
+from ._filters import warn_floorless
 from .rate import received
 from .receivers import decoding_order, designed_filters
 
@@ -63,7 +64,9 @@ def front_ends(
     if B.shape[-1] != users:
         raise InputError(f"H: has {B.shape[-1]} users, but there are {users} vectors")
     sequence = decoding_order(inputs, order, link.strength) if receiver == "sic" else None
-    F, W = designed_filters(inputs, link, designed_for, sequence)
+    F, W, floorless = designed_filters(inputs, link, designed_for, sequence)
+    if floorless:
+        warn_floorless()
     believed = torch.diagonal(F, dim1=-2, dim2=-1).real
     gain = (B.conj() * W).sum(-2).real
     if bool((gain <= 0).any()):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._arrays import ArrayLike, Inputs, check_hermitian, check_psd, resolution
 from ..errors import InputError, ShapeError
-from .receivers import Reception
+from .reception import Reception, check_mse
 from .uplink import Uplink
 
 ESTIMATORS = ("additive", "mmse", "unbiased")
@@ -101,6 +101,16 @@ def _from_reception(reception: Reception, users: int, estimator: str) -> tuple[T
     noise = _blocks(noise, users, f"reception.{name}", 2)
     check_psd(torch.linalg.eigvalsh(noise.detach()), f"reception.{name}", eps)
     if estimator == "additive":
+        if reception.mse is not None:
+            mse = _blocks(inputs.real(reception.mse, "reception.mse"), users, "reception.mse", 1)
+            diagonal = torch.diagonal(noise, dim1=-2, dim2=-1).real
+            check_mse(
+                mse,
+                diagonal,
+                "reception.mse",
+                "the diagonal of error_covariance",
+                resolution(covariance, reception.mse),
+            )
         return None, noise
     gain = _blocks(inputs.real(reception.gain, "reception.gain"), users, "reception.gain", 1)
     if gain.shape[0] != noise.shape[0]:

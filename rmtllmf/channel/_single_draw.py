@@ -79,9 +79,9 @@ def _array(value: object) -> NDArray[Any] | None:
         value = value.resolve_conj().resolve_neg().numpy()
     if isinstance(value, float):
         return np.asarray(value)
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fc":
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fc" or isinstance(value, np.ma.MaskedArray):
         return None
-    return value.astype(np.complex128 if value.dtype.kind == "c" else np.float64, copy=False)
+    return np.asarray(value).astype(np.complex128 if value.dtype.kind == "c" else np.float64, copy=False)
 
 
 def _number(value: object) -> float | None:
@@ -91,7 +91,7 @@ def _number(value: object) -> float | None:
             return None
         value = value.item()
     elif isinstance(value, np.ndarray | np.generic):
-        if value.ndim or value.dtype.kind != "f":
+        if value.ndim or value.dtype.kind != "f" or isinstance(value, np.ma.MaskedArray):
             return None
         value = value.item()
     if not isinstance(value, float) or not 0 <= value < math.inf:

@@ -12,26 +12,29 @@ import torch
 from torch import Tensor
 
 from .._sharded import is_sharded
-from .._state import Tensors, all_finite, as_vectors, identity, is_bendable
+from .._state import all_finite, as_vectors, identity, is_bendable
 from ..errors import InputError, NonFiniteError
+from ._numpy_vectors import ArrayDoor, Vector, arrays_of
 
 
 @dataclass(frozen=True)
 class Stream:
     """Which entries of Q vectors go over the air, and where in the stream they lie."""
 
-    given: Sequence[Tensors]  # in the caller's own form
+    given: Sequence[Vector]  # in the caller's own form
     vectors: Sequence[dict[str, Tensor]]
     keys: list[str]
     alias: dict[str, str]  # tied to one of `keys` in every vector: not sent again
     starts: list[int]  # first position of every key, and the end of the last
+    numpy: bool = False  # whether they came as NumPy arrays, and go back as such
 
     @classmethod
-    def of(cls, vectors: Iterable[Tensors]) -> Stream:
-        """Checked: same keys, shapes and kinds of entries in all vectors."""
+    def of(cls, vectors: Iterable[Vector], *, numpy_too: bool = False) -> Stream:
+        """Checked: same keys, shapes and kinds of entries in all vectors; NumPy arrays only if `numpy_too`."""
         if isinstance(vectors, Iterator | ValuesView):  # they are gone through twice
             vectors = list(vectors)
-        states = as_vectors(vectors, "vectors")
+        door = ArrayDoor()
+        states = as_vectors(vectors, "vectors", door if numpy_too else None)
         spread = next((key for state in states for key, tensor in state.items() if is_sharded(tensor)), None)
         if spread is not None:
             raise InputError(
@@ -41,7 +44,16 @@ class Stream:
         if not keys:
             raise InputError("vectors: hold no floating-point entries, so there is nothing to send")
         sizes = [states[0][key].numel() for key in keys]
-        return cls(list(vectors), states, keys, alias, [0, *accumulate(sizes)])
+        return cls(list(vectors), states, keys, alias, [0, *accumulate(sizes)], bool(door.array))
+
+    def check_out(self, out: object, traced: bool) -> None:
+        """What NumPy vectors cannot have: memory to write to, and gradients."""
+        if self.numpy and out is not None:
+            raise InputError("out: NumPy vectors come back in fresh memory; leave it out, or pass tensors")
+        if self.numpy and traced:
+            raise InputError(
+                "reception: asks for a gradient, which NumPy vectors cannot carry; pass tensors, or use torch.no_grad()"
+            )
 
     @property
     def length(self) -> int:
@@ -113,12 +125,13 @@ class Stream:
             bent = {key: settled(out[key], tensor) for key, tensor in bent.items()}
         for key, original in self.alias.items():
             bent[key] = bent[original] if out is None else settled(out[key], bent[original])
-        if hasattr(given, "map"):
+        if hasattr(given, "map") and not self.numpy:
             return given.map(lambda key, tensor: bent[key])
         for key in vector:
             if key not in bent:
                 bent[key] = vector[key].clone() if out is None else settled(out[key], vector[key])
-        return {key: bent[key] for key in vector}
+        result = {key: bent[key] for key in vector}
+        return arrays_of(result) if self.numpy else result
 
 
 def settled(place: Tensor, value: Tensor) -> Tensor:

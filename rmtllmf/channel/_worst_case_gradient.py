@@ -7,7 +7,8 @@ The optimal `C` is a function :math:`f(A)` of the matrix :math:`A = H P H^H`, so
 .. math:: f[v_i, v_j] = \frac{\sigma_j^2 / v_j}{\sigma_i + \sigma_j + v_i} \text{ between jammed modes},\quad
           \frac{c_i}{v_i - v_j} \text{ between a jammed and an unjammed one},\quad 0 \text{ between unjammed ones},
 
-and :math:`d\nu` follows from the power constraint. The rate's derivatives are those of the envelope theorem.
+and :math:`d\nu` follows from the power constraint. The rate's derivatives are those of the envelope theorem:
+functions of `C` and :math:`\nu` that can be differentiated once more, in `_worst_case_curvature`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._water_filling import Filling, Modes
+from ._worst_case_curvature import differentiable_again
 
 Solution = tuple[Tensor, Tensor, Tensor, Modes, Filling]
 
@@ -33,15 +34,31 @@ class WorstCaseFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, int]:
         """Solve, and keep what the derivatives need."""
         C, rate, level, modes, filling = solve(H, P, P_N, noise)
-        ctx.save_for_backward(H, P, noise, *modes, *filling[:3])
+        ctx.save_for_backward(H, P, P_N, noise, *modes, *filling[:3])
+        ctx.set_materialize_grads(False)  # to know of what there is a gradient
+        ctx.solve = solve
         return C, rate, level, filling.steps
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         """Of a real loss, from the gradients of C, rate and level."""
+        with torch.no_grad():
+            found = WorstCaseFunction._first(ctx, *gradients)
+        if torch.is_grad_enabled():  # create_graph=True
+            inputs, v = ctx.saved_tensors[:4], ctx.saved_tensors[4]
+            again = differentiable_again(
+                inputs, v, found, gradients, lambda *new: WorstCaseFunction.apply(*new, ctx.solve)
+            )
+            return *again, None
+        return *found, None
+
+    @staticmethod
+    def _first(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        """The gradients of H, P, P_N and noise as numbers."""
+        H, P, _, noise, v, U, unit, c, level, active = ctx.saved_tensors
         grad_C, grad_rate, grad_level, _ = gradients
-        H, P, noise, v, U, unit, c, level, active = ctx.saved_tensors
+        grad_C = H.new_zeros(*v.shape[:-1], U.shape[-2], U.shape[-2]) if grad_C is None else grad_C
+        grad_rate, grad_level = (torch.zeros_like(unit) if grad is None else grad for grad in (grad_rate, grad_level))
         s2 = (noise / unit)[..., None]
         sigma, safe = c + s2, torch.where(v > 0, v, 1.0)
         silent = (v == 0).all(-1)
@@ -73,7 +90,7 @@ class WorstCaseFunction(torch.autograd.Function):
         grad_P_N = torch.where(silent, white, mean - grad_rate * level / unit)
         floor = torch.where(active, mean[..., None] - diagonal, 0.0).sum(-1)
         lost = torch.where(v > 0, safe / torch.where(sigma > 0, sigma * (sigma + v), 1.0), 0.0).sum(-1)
-        return grad_H, grad_P, grad_P_N, floor - grad_rate * lost / unit, None
+        return grad_H, grad_P, grad_P_N, floor - grad_rate * lost / unit
 
 
 def _inverse_of_all_power(U: Tensor, mode_power: Tensor, s2: Tensor) -> Tensor:

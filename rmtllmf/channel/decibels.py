@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._arrays import refuse_masked
 from ..errors import InputError, NonFiniteError
 
 __all__ = ["db", "dbm", "from_db", "from_dbm"]
@@ -115,6 +116,7 @@ def _applied(value: Numbers, argument: str, function: Callable[[Tensor], Tensor]
     if isinstance(value, Tensor):
         x = value
     else:
+        refuse_masked(value, argument)
         array = np.asarray(value)
         if array.dtype.kind not in "iuf":
             raise TypeError(f"{argument}: expected real numbers, got {_kind(value, array.dtype)}")

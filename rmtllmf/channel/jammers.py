@@ -24,7 +24,8 @@ def strongest_user_covariance(H: Array, P: ArrayLike, P_N: ArrayLike) -> Any:
     Args:
         H: (..., N_R, Q) complex channel, path loss included.
         P: transmit powers in W: a number, (..., Q), or (..., Q, Q) exactly diagonal.
-        P_N: (...) the jammer's total power in W, at least 0.
+        P_N: (...) the jammer's total power in W, at least 0: what the base station *receives* of it over all its
+            antennas (:math:`\mathrm{tr}\, C`, behind its path loss), not what it transmits.
 
     Returns:
         (..., N_R, N_R) complex, of rank one and trace `P_N`. Of equally strong users the one with the highest index
@@ -69,7 +70,8 @@ def barrage_covariance(H: Array, P_N: ArrayLike) -> Any:
 
     Args:
         H: (..., N_R, Q) complex channel; only its shape, kind and precision matter.
-        P_N: (...) the jammer's total power in W, at least 0.
+        P_N: (...) the jammer's total power in W, at least 0: what the base station *receives* of it over all its
+            antennas (:math:`\mathrm{tr}\, C`, behind its path loss), not what it transmits.
 
     Returns:
         (..., N_R, N_R) complex, of trace `P_N`.

@@ -39,7 +39,8 @@ def min_max_rate_covariance(
     Args:
         H: (..., N_R, Q) complex channel, path loss included.
         P: transmit powers in W: a number, (..., Q), or (..., Q, Q) exactly diagonal.
-        P_N: (...) the jammer's total power in W, at least 0.
+        P_N: (...) the jammer's total power in W, at least 0: what the base station *receives* of it over all its
+            antennas (:math:`\mathrm{tr}\, C`, behind its path loss), not what it transmits.
         noise: (...) thermal noise power per antenna in W, the floor :math:`\sigma^2`.
         order: of successive cancellation, as for `sic`; the paper's is weakest first.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._arrays import (
+    SINGLE,
     Array,
     ArrayLike,
     Inputs,
@@ -18,7 +19,7 @@ from .._arrays import (
     powers,
     resolution,
 )
-from ._filters import Received, log_det
+from ._filters import Received, log_det, warn_floorless
 
 __all__ = ["sum_rate"]
 
@@ -34,7 +35,8 @@ def sum_rate(H: Array, P: ArrayLike, C: Array) -> Any:
         C: (..., N_R, N_R) covariance of the *whole* noise in W (jammer plus thermal), positive semidefinite.
 
     Returns:
-        (...) real. Infinite where a user reaches a direction in which there is no noise at all.
+        (...) real. Infinite where a user reaches a direction in which there is no noise at all; of a `C` in single
+        precision, which cannot hold noise 60 dB below its largest, a `RmtllmfWarning` says so.
 
     Raises:
         TypeError: `H` is real. ShapeError: shapes do not fit. NotPSDError: `C` is no covariance.
@@ -49,7 +51,11 @@ def sum_rate(H: Array, P: ArrayLike, C: Array) -> Any:
         True
     """
     inputs = Inputs.of(H, "H", P, C)
-    return inputs.back(log_det(received(inputs, H, P, C), "C"))
+    link = received(inputs, H, P, C)
+    rate = log_det(link, "C")
+    if link.eps_noise >= SINGLE and bool(rate.detach().isinf().any()):
+        warn_floorless()
+    return inputs.back(rate)
 
 
 def received(inputs: Inputs, H: Array, P: ArrayLike, C: Array) -> Received:

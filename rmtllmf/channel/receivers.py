@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -12,73 +10,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._arrays import Array, ArrayLike, Inputs, batch_shape, check_hermitian, resolution
-from .._display import counted, decibels, html_table, spread
 from ..errors import InputError, ShapeError
-from ._filters import Received, filters
+from ._filters import Filters, Received, filters, warn_floorless
 from .rate import received
+from .reception import Reception
 
-__all__ = ["Reception", "lmmse", "sic"]
+__all__ = ["lmmse", "sic"]
 
 _CHUNK = 2048  # draws received at once, as many as `worst_case` solves at once
 _OWN = (1, 2, 2, 1)  # dimensions that P, C, designed_for and order have for a single draw
-
-
-@dataclass(frozen=True)
-class Reception:
-    r"""How well every user is received, in the columns' own order.
-
-    The receiver's estimate of user q is :math:`\hat s_q = w_q^H (y - \text{cancelled users})
-    = \sum_j G_{qj} s_j + w_q^H z`, with the noise's true covariance :math:`C`.
-
-    Attributes:
-        mse: (..., Q) :math:`E|\hat s_q - s_q|^2`, for symbols of unit variance. Above 1 is possible when mismatched.
-        sinr: (..., Q) signal to interference plus noise, linear.
-        rate: (..., Q) nats per channel use, ``log1p(sinr)``.
-        gain: (..., Q) the gain :math:`g_q = G_{qq}` of the wanted symbol in its estimate, real.
-        order: (..., Q) the users, first decoded first; None for a linear receiver.
-        error_covariance: (..., Q, Q) complex, :math:`E = (G - I)(G - I)^H + W^H C W`: covariance of
-            :math:`\hat s - s`.
-        noise_covariance: (..., Q, Q) complex, :math:`N = (G - \mathrm{diag}\,g)(G - \mathrm{diag}\,g)^H + W^H C W`:
-            covariance of :math:`\hat s - \mathrm{diag}(g)\, s`.
-
-    Example:
-        >>> import numpy as np
-        >>> rx = lmmse(np.eye(2) + 0j, P=3.0, C=np.eye(2))
-        >>> rx.mse, rx.sinr
-        (array([0.25, 0.25]), array([3., 3.]))
-    """
-
-    mse: Any
-    sinr: Any
-    rate: Any
-    gain: Any
-    order: Any
-    error_covariance: Any
-    noise_covariance: Any
-
-    def __repr__(self) -> str:
-        shape = tuple(self.mse.shape[:-1])
-        found = [counted(self.mse.shape[-1], "user")]
-        found += [f"draws {shape}"] if shape else []
-        found += [f"MSE {spread(self.mse)}", f"SINR {decibels(self.sinr)}", f"rates {spread(self.rate, 'nats')}"]
-        return f"Reception({', '.join(found)}, {'linear' if self.order is None else 'successive'})"
-
-    def _repr_html_(self) -> str:
-        if len(self.mse.shape) > 1:
-            return f"<pre>{escape(repr(self))}</pre>"
-        turns = None if self.order is None else [int(user) for user in self.order]
-        rows = [
-            [
-                q,
-                f"{float(self.mse[q]):.3g}",
-                decibels(self.sinr[q], ""),
-                f"{float(self.rate[q]):.3g}",
-                f"{float(self.gain[q]):.3g}",
-                "" if turns is None else turns.index(q) + 1,
-            ]
-            for q in range(self.mse.shape[0])
-        ]
-        return html_table(repr(self), ["user", "MSE", "SINR (dB)", "rate (nats)", "gain", "decoded"], rows)
 
 
 def sic(
@@ -96,6 +36,7 @@ def sic(
         P: transmit powers in W: a number, (..., Q), or (..., Q, Q) exactly diagonal.
         C: (..., N_R, N_R) covariance of the whole noise in W (jammer plus thermal), positive semidefinite. Directions
             without any noise are treated exactly: a user who is heard there alone has ``mse = 0`` and infinite rate.
+            In single precision noise 60 dB below the largest is none; a `RmtllmfWarning` says where users gain by it.
         designed_for: (..., N_R, N_R) the covariance :math:`C_d` that the receiver believes in; None: it knows `C`.
             A receiver unaware of the jammer is designed for the thermal noise alone.
         order: "weakest_first" (the paper: ascending :math:`p_q \lVert h_q\rVert^2`), "strongest_first", or the users
@@ -119,7 +60,12 @@ def sic(
         >>> bool(aware.mse.mean() < unaware.mse.mean())
         True
     """
-    return _in_chunks(H, P, C, designed_for, order)
+    if order is None:
+        raise TypeError(
+            "order: expected 'weakest_first', 'strongest_first' or the users in order, got None; the receiver that "
+            "cancels nothing is lmmse"
+        )
+    return _received(H, P, C, designed_for, order)
 
 
 def lmmse(H: Array, P: ArrayLike, C: Array, *, designed_for: Array | None = None) -> Reception:
@@ -152,19 +98,18 @@ def lmmse(H: Array, P: ArrayLike, C: Array, *, designed_for: Array | None = None
         array([[0.5, 0. ],
                [0. , 0.5]])
     """
-    return _in_chunks(H, P, C, designed_for, None)
+    return _received(H, P, C, designed_for, None)
 
 
-def designed_filters(
-    inputs: Inputs, link: Received, designed_for: Array | None, order: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def designed_filters(inputs: Inputs, link: Received, designed_for: Array | None, order: Tensor | None) -> Filters:
     """Filters for the noise that the receiver believes in; `order` None: linear."""
     if designed_for is None:
         return filters(link, link.noise, "C", link.eps_noise, order)
     design, eps = inputs.complex(designed_for, "designed_for", real_too=True), resolution(designed_for)
     check_hermitian(design, link.B.shape[-2], "designed_for", eps)
     batch_shape(("H", link.B.shape[:-2]), ("C", link.noise.shape[:-2]), ("designed_for", design.shape[:-2]))
-    return filters(link, design, "designed_for", eps, order)
+    found = filters(link, design, "designed_for", eps, order)
+    return found._replace(floorless=False)  # what is wrongly believed shows: the errors are those under C
 
 
 def decoding_order(inputs: Inputs, order: str | Array, strength: Tensor) -> Tensor:
@@ -186,25 +131,37 @@ def decoding_order(inputs: Inputs, order: str | Array, strength: Tensor) -> Tens
     return sequence.to(torch.int64)
 
 
-def _in_chunks(H: Array, P: ArrayLike, C: Array, designed_for: Array | None, order: str | Array | None) -> Reception:
-    """`_receive`; a long batch in parts, whose intermediate results stay in the cache and do not add up."""
+def _received(H: Array, P: ArrayLike, C: Array, designed_for: Array | None, order: str | Array | None) -> Reception:
+    """`_receive`, and a warning if a floor may have been lost."""
+    reception, floorless = _in_parts(H, P, C, designed_for, order)
+    if floorless:
+        warn_floorless()
+    return reception
+
+
+def _in_parts(
+    H: Array, P: ArrayLike, C: Array, designed_for: Array | None, order: str | Array | None
+) -> tuple[Reception, bool]:
+    """A long batch in parts, whose intermediate results stay in the cache and do not add up."""
     rest: tuple[Any, ...] = (P, C, designed_for, order)
     if not _is_long(H, rest):
         return _receive(H, P, C, designed_for, order)
     whole: dict[str, Any] = {}
+    floorless = False
     for start in range(0, len(H), _CHUNK):
         part = slice(start, start + _CHUNK)
         own = (x[part] if _has_draws(x, dims) and len(x) > 1 else x for x, dims in zip(rest, _OWN, strict=True))
         try:
-            found = vars(_receive(H[part], *own))
+            reception, lost = _receive(H[part], *own)
         except (InputError, TypeError):
             return _receive(H, P, C, designed_for, order)  # what it says is to be about the whole batch
+        found, floorless = vars(reception), floorless or lost
         if not whole:
             whole = {name: _empty(value, len(H)) for name, value in found.items()}
         for name, value in found.items():
             if value is not None:
                 whole[name][part] = value
-    return Reception(**whole)
+    return Reception(**whole), floorless
 
 
 def _empty(part: Array | None, draws: int) -> Array | None:
@@ -234,13 +191,15 @@ def _has_draws(value: object, dims: int) -> bool:
     return isinstance(value, Tensor | np.ndarray) and value.ndim > dims
 
 
-def _receive(H: Array, P: ArrayLike, C: Array, designed_for: Array | None, order: str | Array | None) -> Reception:
-    """A linear receiver if `order` is None."""
+def _receive(
+    H: Array, P: ArrayLike, C: Array, designed_for: Array | None, order: str | Array | None
+) -> tuple[Reception, bool]:
+    """A linear receiver if `order` is None; and whether a floor may have been lost."""
     inputs = Inputs.of(H, "H", P, C, designed_for, order)
     link = received(inputs, H, P, C)
     sequence = None if order is None else decoding_order(inputs, order, link.strength)
-    F, W = designed_filters(inputs, link, designed_for, sequence)
-    return _reception(inputs, link, F, W, matched=designed_for is None, order=sequence)
+    F, W, floorless = designed_filters(inputs, link, designed_for, sequence)
+    return _reception(inputs, link, F, W, matched=designed_for is None, order=sequence), floorless
 
 
 def _reception(

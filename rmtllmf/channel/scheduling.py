@@ -9,7 +9,8 @@ import torch
 from .._arrays import Array, ArrayLike, Inputs, check_channel, powers
 from ..errors import ShapeError
 from ._covariance import covariance_input
-from .receivers import Reception, lmmse
+from .receivers import lmmse
+from .reception import Reception
 
 __all__ = ["scheduled"]
 

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from .._arrays import Array, ArrayLike
 from .._random import Seed, reseed, seed_number
-from .._state import Tensors, whole_number
+from .._state import whole_number
 from ..errors import InputError
 from ._front_end import CANCELLATIONS, front_ends
 from ._modem import DECISIONS, AnalogModem, DigitalModem, Modem, quantisers
+from ._numpy_vectors import Vector
 from ._scale import scales
 from ._stream import Stream, check_blocks, fading_parts
 from .code import LdpcCode
-from .constellation import Constellation
+from .constellation import ORDERS, Constellation, checked_order
 from .quantiser import QUANTISERS
 
 __all__ = ["transmit_symbols"]
@@ -26,7 +27,7 @@ __all__ = ["transmit_symbols"]
 
 @torch.no_grad()  # decisions have no derivative, and a graph of every chunk would not fit
 def transmit_symbols(
-    vectors: Iterable[Tensors],
+    vectors: Iterable[Vector],
     H: Array,
     P: ArrayLike,
     C: Array,
@@ -57,8 +58,8 @@ def transmit_symbols(
     The extremes (or the rms, or the scale) that a receiver needs to undo the scaling are taken to arrive without error.
 
     Args:
-        vectors: Q mappings of name -> tensor with the same keys and shapes; not written to. Integer, boolean and
-            running-statistics entries are carried as they are, tied tensors are sent once.
+        vectors: Q mappings of name -> tensor (or NumPy array) with the same keys and shapes; not written to. Integer,
+            boolean and running-statistics entries are carried as they are, tied tensors are sent once.
         H: (N_R, Q) complex, or (blocks, N_R, Q): block fading over consecutive equal parts of the symbols.
         P: transmit powers in W: a number, (..., Q), or (..., Q, Q) exactly diagonal; none of them zero.
         C: (..., N_R, N_R) covariance of the whole noise in W.
@@ -66,7 +67,7 @@ def transmit_symbols(
         modulation: 4, 16, 64, 256 or "analog".
         receiver: "sic" or "lmmse".
         designed_for: (..., N_R, N_R) the covariance that the receiver believes in; None: it knows `C`.
-        order: of successive cancellation, as for `sic`.
+        order: of successive cancellation, as for `sic`; belongs to "sic", as the next one.
         cancellation: "genie": the true symbols are subtracted; "real": what was decided (analog: what was estimated),
             so that errors are passed on to the users decoded later.
         bits: per coefficient, 1 to 12; None: 8. Digital only, as the next three.
@@ -81,7 +82,8 @@ def transmit_symbols(
         progress: show a bar.
 
     Returns:
-        A list of Q: a `TaskVector` where one was given, else a dict; same dtypes and devices; without gradients.
+        A list of Q: a `TaskVector` where one was given, else a dict, of NumPy arrays if they were; same dtypes and
+        devices; without gradients.
 
     Raises:
         InputError: an option that is unknown or belongs to the other kind of modulation, a silent user, no vectors,
@@ -106,11 +108,16 @@ def transmit_symbols(
         >>> snr_db(sent[0], received[0]) > 40  # no symbol is lost: the quantiser's steps are all there is
         True
     """
-    stream = Stream.of(vectors)
+    stream = Stream.of(vectors, numpy_too=True)
     flat = stream.flat()
     modem = _modem(stream, flat, modulation, bits, quantiser, decisions, per_tensor, code, scale)
     if cancellation not in CANCELLATIONS:
         raise InputError(f"cancellation: expected one of {', '.join(map(repr, CANCELLATIONS))}, got {cancellation!r}")
+    if receiver == "lmmse":
+        kept = isinstance(order, str) and order == "weakest_first"
+        clash = [name for name, default in (("order", kept), ("cancellation", cancellation == "genie")) if not default]
+        if clash:
+            raise InputError(f"{', '.join(clash)}: the linear receiver cancels nothing; leave out, or choose 'sic'")
     ends = front_ends(H, P, C, designed_for, order, receiver, len(stream.vectors))
     if code is not None and cancellation == "real" and receiver == "sic" and len(ends) > 1:
         raise InputError("cancellation: 'real' with a code needs a single fading block, or words would span several")
@@ -153,7 +160,7 @@ def _modem(
     named = [(vector, f"vectors[{q}]") for q, vector in enumerate(stream.vectors)]
     if isinstance(modulation, str):
         if modulation != "analog":
-            raise InputError(f"modulation: expected 4, 16, 64, 256 or 'analog', got {modulation!r}")
+            raise InputError(f"modulation: expected {ORDERS} or 'analog', got {modulation!r}")
         digital = {
             "bits": bits,
             "quantiser": quantiser,
@@ -166,7 +173,7 @@ def _modem(
             raise InputError(f"{', '.join(clash)}: the analog link quantises nothing; leave out, or choose a QAM order")
         chosen = "rms" if scale is None else scale
         return AnalogModem(stream, flat, [scales(vector, stream.keys, chosen, name) for vector, name in named])
-    constellation = Constellation(modulation)
+    constellation = Constellation(checked_order(modulation, "modulation", "or 'analog'"))
     if scale is not None:
         raise InputError("scale: belongs to the analog link; the digital one scales by its quantiser")
     width, kind = 8 if bits is None else bits, "uniform" if quantiser is None else quantiser

@@ -17,9 +17,10 @@ from ..errors import InputError
 from ._link import Link, checked_estimator, is_followed, link_of
 from ._memory import checked_out
 from ._noise import Noise
+from ._numpy_vectors import Vector
 from ._scale import scales_of
 from ._stream import Stream, check_blocks, fading_parts
-from .receivers import Reception
+from .reception import Reception
 
 __all__ = ["transmit"]
 
@@ -28,7 +29,7 @@ Scales: TypeAlias = Sequence[Mapping[str, float]]
 
 
 def transmit(
-    vectors: Iterable[Tensors],
+    vectors: Iterable[Vector],
     reception: Reception | ArrayLike,
     *,
     seed: Seed,
@@ -53,8 +54,9 @@ def transmit(
     the real part of r :math:`\Im(E_{qr})\,\text{scale}_q\,\text{scale}_r`.
 
     Args:
-        vectors: Q mappings of name -> tensor with the same keys and shapes. Integer, boolean and running-statistics
-            entries are carried as they are (copies); tied tensors (two names, one memory) are sent once.
+        vectors: Q mappings of name -> tensor, or of name -> NumPy array, with the same keys and shapes. Integer,
+            boolean and running-statistics entries are carried as they are (copies); tied tensors (two names, one
+            memory) are sent once.
         reception: a `Reception` of Q users, whose error correlations are honoured; or the bare MSEs, (Q,) or a
             number for all, of a matched receiver with independent errors (:math:`g = 1 - \mu`,
             :math:`N = \mathrm{diag}(\mu(1-\mu))`). With a leading dimension of blocks, (blocks, Q): block fading over
@@ -69,8 +71,9 @@ def transmit(
             may hold anything.
 
     Returns:
-        A list of Q: a `TaskVector` where one was given, else a dict; same dtypes and devices. Sums and noise are in
-        float32, in float64 for float64 entries. Gradients reach the vectors and the reception, without `out`.
+        A list of Q: a `TaskVector` where one was given, else a dict, of NumPy arrays if they were (the same numbers as
+        for tensors); same dtypes and devices. Sums and noise are in float32, in float64 for float64 entries. Gradients
+        reach the vectors and the reception, without `out`.
 
     Raises:
         InputError: no vectors, an all-zero vector (tensor) to normalise, unknown `estimator` or `scale`, an MSE
@@ -92,10 +95,11 @@ def transmit(
         >>> round(snr_db(sent[0], received[0])), round(snr_db(sent[1], received[1]))
         (20, 10)
     """
-    stream = Stream.of(vectors)
+    stream = Stream.of(vectors, numpy_too=True)
     link = link_of(reception, len(stream.vectors), checked_estimator(estimator))
     names = [f"vectors[{q}]" for q in range(len(stream.vectors))]
     traced = link.differentiable or any(map(is_followed, stream.sent()))
+    stream.check_out(out, traced)
     if out is not None and traced:
         raise InputError("out: memory that is written again has no gradient; leave it out, or use torch.no_grad()")
     places = None if out is None else checked_out(out, stream)

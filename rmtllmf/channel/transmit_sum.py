@@ -19,16 +19,17 @@ from ..errors import InputError, NonFiniteError, ShapeError
 from ._link import Link, checked_estimator, is_followed, link_of
 from ._memory import Spec, checked_single_out, spec_of
 from ._noise import Noise
+from ._numpy_vectors import Vector
 from ._scale import Gauge
 from ._stream import Stream, check_blocks, fading_parts
 from ._sum_noise import SumNoise
-from .receivers import Reception
+from .reception import Reception
 
 __all__ = ["transmit_sum"]
 
 
 def transmit_sum(
-    vectors: Iterable[Tensors],
+    vectors: Iterable[Vector],
     reception: Reception | ArrayLike,
     *,
     seed: Seed,
@@ -51,8 +52,8 @@ def transmit_sum(
     so that the distribution of the whole sum is exact in all cases.
 
     Args:
-        vectors: Q mappings of name -> tensor with the same keys and shapes; not written to. Tied tensors (two names,
-            one memory in all vectors) are sent once.
+        vectors: Q mappings of name -> tensor, or of name -> NumPy array, with the same keys and shapes; not written to.
+            Tied tensors (two names, one memory in all vectors) are sent once.
         reception: a `Reception` or MSEs, also of several blocks, as for `transmit`.
         seed: an int or a ``torch.Generator``. The same seed gives the same bits whatever the order of the keys and
             the number of threads, per type of device; other ones than the sum of what `transmit` gives.
@@ -63,11 +64,11 @@ def transmit_sum(
             the result is made of. Must not share memory with the vectors; after an error it may hold anything.
 
     Returns:
-        One mapping, in the form of the first vector: a `TaskVector` if that is one, else a dict; entries that are not
-        sent (integers, booleans, running statistics) are copies of the first vector's. In the vectors' dtype, the
-        wider one where they differ, at least float32. Added up in the order given, in float32, in float64 for entries
-        that any vector has in float64. Memory beyond vectors and result is a few chunks a thread; for half precision
-        also the sum in float32. No gradients.
+        One mapping, in the form of the first vector: a `TaskVector` if that is one, else a dict (of NumPy arrays if
+        they were given); entries that are not sent (integers, booleans, running statistics) are copies of the first
+        vector's. In the vectors' dtype, the wider one where they differ, at least float32. Added up in the order given,
+        in float32, in float64 for entries that any vector has in float64. Memory beyond vectors and result is a few
+        chunks a thread; for half precision also the sum in float32. No gradients.
 
     Raises:
         InputError: as `transmit`; gradients are asked for. TypeError, ShapeError: weights that are not Q numbers, or as
@@ -89,10 +90,11 @@ def transmit_sum(
         >>> round(float(error.var()), 2)  # 0.01 + 0.03
         0.04
     """
-    stream = Stream.of(vectors)
+    stream = Stream.of(vectors, numpy_too=True)
     users = len(stream.vectors)
     factors = _numbers(weights, users)
     link = link_of(reception, users, checked_estimator(estimator))
+    stream.check_out(out, False)
     if link.differentiable or any(map(is_followed, stream.sent())):
         raise InputError("vectors: the sum has no gradients; add up what transmit() returns, or use torch.no_grad()")
     check_blocks(link.blocks, (stream.length + 1) // 2, "reception")

@@ -70,7 +70,8 @@ def worst_case(
     Args:
         H: (..., N_R, Q) complex channel, path loss included. Any rank; more users than antennas are fine.
         P: transmit powers in W: a number, (..., Q), or (..., Q, Q) exactly diagonal. Zero for a silent user.
-        P_N: (...) the jammer's total power in W, at least 0 (0 gives ``C = 0``).
+        P_N: (...) the jammer's total power in W, at least 0 (0 gives ``C = 0``): what the base station *receives* of it
+            over all its antennas (:math:`\mathrm{tr}\, C`, behind its path loss), not what it transmits.
         noise: (...) thermal noise power per antenna in W, the floor :math:`\sigma^2`, at least 0.
         out: (..., N_R, N_R) memory to write the covariance into, of the shape, kind, precision and device that it
             would have, and apart from the inputs'; contiguous is the fastest. After an error it may hold anything.
@@ -90,7 +91,10 @@ def worst_case(
     Note:
         Gradients with respect to all four arguments are exact, at repeated eigenvalues too. Where `C` is not
         differentiable they are one-sided (``P_N = 0``, a mode about to be jammed) or leave out an infinite part (a zero
-        eigenvalue without a floor, all users silent). Second derivatives are not available, and say so.
+        eigenvalue without a floor, all users silent). The sum rate has exact second derivatives too (``hessian``,
+        ``create_graph=True``); those of the covariance and the level, and third ones, raise an InputError. Gradients
+        of complex arguments follow torch's convention: ``(H.grad.conj() * dH).sum().real`` is the change of the loss
+        when `H` changes by a small dH, and ``H - step * H.grad`` goes down.
 
         On a GPU the first large batch of every size measures whether its own eigensolver or the host's is the faster,
         and later ones use that: last bits may differ from process to process.
@@ -143,7 +147,8 @@ def worst_case_covariance(
     Args:
         H: (..., N_R, Q) complex channel, path loss included.
         P: transmit powers in W: a number, (..., Q), or (..., Q, Q) exactly diagonal.
-        P_N: (...) the jammer's total power in W, at least 0.
+        P_N: (...) the jammer's total power in W, at least 0: what the base station *receives* of it over all its
+            antennas (:math:`\mathrm{tr}\, C`, behind its path loss), not what it transmits.
         noise: (...) thermal noise power per antenna in W, the floor :math:`\sigma^2`, at least 0.
         out: (..., N_R, N_R) memory to write the result into, as for `worst_case`.
 
@@ -183,11 +188,13 @@ def worst_case_rate(H: Array, P: ArrayLike, P_N: ArrayLike, *, noise: ArrayLike 
     Args:
         H: (..., N_R, Q) complex channel, path loss included.
         P: transmit powers in W: a number, (..., Q), or (..., Q, Q) exactly diagonal.
-        P_N: (...) the jammer's total power in W, at least 0.
+        P_N: (...) the jammer's total power in W, at least 0: what the base station *receives* of it over all its
+            antennas (:math:`\mathrm{tr}\, C`, behind its path loss), not what it transmits.
         noise: (...) thermal noise power per antenna in W, the floor :math:`\sigma^2`, at least 0.
 
     Returns:
-        (...) nats per channel use. If a gradient is asked for it is computed by `worst_case`, which has it.
+        (...) nats per channel use. If a gradient is asked for it is computed by `worst_case`, which has first and
+        second derivatives.
 
     Raises:
         TypeError, ShapeError, InputError, ConvergenceError: as `worst_case`.

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, from_numpy
+from torch import Tensor
 
+from .._arrays import refuse_masked
 from ..channel import Constellation
+from ..channel.constellation import checked_order
 from ..errors import NonFiniteError, ShapeError
 from ._axes import BLUE, RED, axes_of
 
@@ -51,7 +53,7 @@ def constellation_plot(
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
         ['decided rightly (0 %)', 'decided wrongly (100 %)', 'constellation']
     """
-    grid = Constellation(modulation)
+    grid = Constellation(checked_order(modulation, "modulation"))
     estimates = _symbols(received, "received")
     ax = axes_of(ax, (4.4, 4.7))
     if sent is None:
@@ -60,7 +62,7 @@ def constellation_plot(
         truth = _symbols(sent, "sent")
         if np.shape(received) != np.shape(sent):
             raise ShapeError(f"sent: expected the shape of received, {np.shape(received)}, got {np.shape(sent)}")
-        nearest = [grid.nearest(from_numpy(part)).numpy() for part in (estimates, truth)]
+        nearest = [grid.nearest(part) for part in (estimates, truth)]
         wrong = np.abs(nearest[0] - nearest[1]) > grid.unit
         share = 100 * wrong.mean()
         groups = [
@@ -94,6 +96,7 @@ def _symbols(values: Tensor | ArrayLike, argument: str) -> NDArray[np.complex128
     """(n,) of them."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().resolve_conj().numpy()
+    refuse_masked(values, argument)
     array = np.asarray(values)
     if array.dtype.kind != "c":
         raise TypeError(f"{argument}: expected complex symbols, got an array of dtype {array.dtype}")

@@ -42,7 +42,7 @@ def water_filling(H: Any, P: Any, P_N: float, *, noise: float = 0.0, ax: Axes | 
         The Axes; modes are ordered from the strongest to the weakest, and those without any signal are left out.
 
     Raises:
-        ShapeError: a batch of channels. InputError: silent users, or a jammer without power.
+        ShapeError: a batch of channels or powers. InputError: silent users, or a jammer without power.
         Whatever `rmtllmf.channel.worst_case` raises. ImportError: matplotlib is missing.
 
     Source: R-MTLLMF, eq. 14, without the doubly counted power.
@@ -57,6 +57,9 @@ def water_filling(H: Any, P: Any, P_N: float, *, noise: float = 0.0, ax: Axes | 
         ('jammer', [1.76, 0.0])
     """
     up = Uplink(_array(H), _array(P), _array(noise))
+    for name, value in (("P_N", _array(P_N)), ("noise", up.noise)):
+        if value.ndim:
+            raise ShapeError(f"{name}: expected one number, got an array of shape {value.shape}")
     if up.H.ndim != 2:
         raise ShapeError(f"H: expected one channel (N_R, Q), got shape {tuple(up.H.shape)}")
     found = worst_case(up.H, up.P, _array(P_N), noise=up.noise)
@@ -102,4 +105,4 @@ def _decibel(power: ArrayLike, unit: float) -> Any:
 
 
 def _array(value: Any) -> NDArray[Any]:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asanyarray(value)  # masks are to be seen

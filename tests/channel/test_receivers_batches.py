@@ -43,6 +43,7 @@ def test_a_singular_neighbour_changes_nothing_for_the_rest_of_the_batch(receiver
     np.testing.assert_array_equal(both.mse[1], receiver(H, 1e12, singular).mse)
 
 
+@pytest.mark.filterwarnings("ignore:C. is singular to the precision of complex64")  # it is meant to be
 @pytest.mark.parametrize("order", ["weakest_first", "shared", "own"])
 @pytest.mark.parametrize("design", [None, "shared", "own", "singular"])
 @pytest.mark.parametrize("kind", ["numpy", "torch", "single"])

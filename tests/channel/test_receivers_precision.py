@@ -6,6 +6,7 @@ import pytest
 from helpers.oracles import complex_normal, random_covariance
 from helpers.receiver_cases import covariance
 from rmtllmf.channel import lmmse, sic, strongest_user_covariance, sum_rate, worst_case, worst_case_covariance
+from rmtllmf.errors import RmtllmfWarning
 
 
 def test_singular_noise_is_the_limit_of_a_vanishing_floor():
@@ -44,7 +45,8 @@ def test_single_precision_covariances_are_judged_by_their_own_digits():
     rng = np.random.default_rng(8)
     H = complex_normal(rng, 6, 3).astype(np.complex64)
     C = strongest_user_covariance(H, 1.0, 2.0)
-    rx = sic(H, 1.0, C)
+    with pytest.warns(RmtllmfWarning, match="singular to the precision of complex64"):
+        rx = sic(H, 1.0, C)
     assert rx.mse.dtype == np.float32
     assert np.count_nonzero(rx.mse == 0) == 2
 

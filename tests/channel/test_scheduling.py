@@ -6,6 +6,7 @@ import torch
 
 from helpers.oracles import complex_normal, random_covariance
 from rmtllmf.channel import lmmse, repeat_block, scheduled, sic, strongest_user_covariance
+from rmtllmf.errors import RmtllmfWarning
 
 
 def setting(seed, *batch, antennas=4, users=3):
@@ -72,7 +73,8 @@ def test_kinds_singular_noise_silence_and_gradients():
     array = scheduled(H, P, C)
     np.testing.assert_array_equal(tensor.mse.numpy(), array.mse)
     np.testing.assert_array_equal(tensor.error_covariance.numpy(), array.error_covariance)
-    single = scheduled(H.astype(np.complex64), 1.0, strongest_user_covariance(H.astype(np.complex64), 1.0, 2.0))
+    with pytest.warns(RmtllmfWarning, match="singular to the precision of complex64"):
+        single = scheduled(H.astype(np.complex64), 1.0, strongest_user_covariance(H.astype(np.complex64), 1.0, 2.0))
     assert single.mse.dtype == np.float32
     assert np.all((single.mse == 0).sum(-1) == 2)  # the rank-one jammer is nulled by everybody else
     assert scheduled(H, [1.0, 0.0, 1.0], C).mse[0, 1] == 1

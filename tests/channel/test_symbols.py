@@ -42,12 +42,10 @@ def symbol_errors(sent, received):
 def test_the_analog_link_has_the_receptions_error_covariance(channel, receiver, design):
     """Exact for a linear receiver and for genie cancellation: 500,000 symbols, 5 standard errors."""
     H, P, C = channel
-    order = [2, 0, 1]
+    options = {"designed_for": design, **({"order": [2, 0, 1]} if receiver == "sic" else {})}
     sent = gaussian(1_000_000)
-    received = transmit_symbols(
-        sent, H, P, C, seed=0, modulation="analog", receiver=receiver, designed_for=design, order=order
-    )
-    rx = lmmse(H, P, C, designed_for=design) if receiver == "lmmse" else sic(H, P, C, designed_for=design, order=order)
+    received = transmit_symbols(sent, H, P, C, seed=0, modulation="analog", receiver=receiver, **options)
+    rx = (lmmse if receiver == "lmmse" else sic)(H, P, C, **options)
     expected = rx.noise_covariance / np.outer(rx.gain, rx.gain)
     errors = symbol_errors(sent, received)
     products = errors[:, None] * errors[None].conj()
@@ -268,3 +266,28 @@ def test_parameters_carry_no_graph_through_the_link():
     sent = [{"w": torch.nn.Parameter(torch.ones(8))}]
     (got,) = transmit_symbols(sent, np.eye(1) + 0j, 1.0, np.eye(1), seed=0, modulation="analog")
     assert not got["w"].requires_grad
+
+
+@pytest.mark.parametrize("order", [4, 16, 64, 256])
+def test_constellations_of_arrays(order):
+    """The numbers of tensors, in arrays, whatever their layout."""
+    rng = np.random.default_rng(0)
+    grid = Constellation(order)
+    bits = np.broadcast_to(rng.integers(0, 2, (50, grid.bits), dtype=np.uint8), (2, 50, grid.bits))
+    sent = grid.modulate(bits)
+    noise = np.linspace(0.1, 0.5, 50)
+    noise.setflags(write=False)
+    heard = (sent + 0.1 * complex_normal(rng, 2, 50))[:, ::-1]
+    tensors = torch.from_numpy(bits.copy()), torch.from_numpy(heard.copy())
+    pairs = [
+        (sent, grid.modulate(tensors[0])),
+        (grid.decide(heard), grid.decide(tensors[1])),
+        (grid.nearest(heard), grid.nearest(tensors[1])),
+        (grid.posterior_mean(heard, 0.1), grid.posterior_mean(tensors[1], 0.1)),
+        (grid.bit_probabilities(heard, noise), grid.bit_probabilities(tensors[1], torch.from_numpy(noise.copy()))),
+    ]
+    for array, tensor in pairs:
+        assert type(array) is np.ndarray
+        assert array.dtype == tensor.numpy().dtype
+        np.testing.assert_array_equal(array, tensor.numpy())
+    assert np.array_equal(grid.decide(sent), bits)

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd.functional import hessian
 
 from helpers.oracles import complex_normal
-from rmtllmf.channel import worst_case, worst_case_covariance
+from rmtllmf.channel import worst_case, worst_case_covariance, worst_case_rate
+from rmtllmf.errors import InputError
 
 
 def channel(kind):
@@ -102,15 +104,96 @@ def test_physical_scales():
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
 
 
-def test_second_derivatives_are_refused_rather_than_wrong():
+@pytest.mark.parametrize(
+    ("kind", "noise"),
+    [(kind, noise) for kind in KINDS for noise in (0.0, 0.3) if noise or kind != "rank deficient"],
+)
+def test_second_derivatives_of_the_rate(kind, noise):
+    H, users = channel(kind).requires_grad_(), channel(kind).shape[1]
+    P = torch.linspace(0.5, 0.5 if kind in ("orthonormal", "pairs") else 1.5, users, dtype=torch.float64)
     P_N = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    rate = worst_case(channel("tall"), 1.0, P_N).sum_rate
-    (slope,) = torch.autograd.grad(rate.square(), P_N, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    floor = torch.tensor(noise, dtype=torch.float64, requires_grad=noise > 0)
+
+    def rate(H, P, P_N, floor):
+        return worst_case_rate(H, P, P_N, noise=floor)
+
+    assert gradgradcheck(rate, (H, P.requires_grad_(), P_N, floor), atol=1e-5)
+
+
+def test_second_derivatives_where_some_modes_are_jammed_and_in_batches():
+    rng = np.random.default_rng(5)
+    left, _ = np.linalg.qr(complex_normal(rng, 5, 5))
+    H = torch.from_numpy(left[:, :3] @ np.diag([2.0, 1.7, 0.5]))[None].requires_grad_()
+    P_N = torch.tensor([0.5, 0.4], dtype=torch.float64, requires_grad=True)
+    floor = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    assert gradgradcheck(lambda H, P_N, floor: worst_case_rate(H, 1.0, P_N, noise=floor), (H, P_N, floor), atol=1e-5)
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_a_hessian_at_physical_scales(vectorize):
+    H = channel("tall")
+    hessians = []
+    for factor in (1.0, 1e-17):
+        P = torch.tensor([1.0, 0.5], dtype=torch.float64) * factor
+
+        def rate(P, factor=factor):
+            return worst_case_rate(H, P, 2.0 * factor, noise=1e-3 * factor)
+
+        hessians.append(factor**2 * hessian(rate, P, vectorize=vectorize))
+    assert float(hessians[0].abs().min()) > 1e-3
+    torch.testing.assert_close(*hessians, rtol=1e-9, atol=1e-12)
+
+
+def test_first_derivatives_have_the_same_bits_with_a_graph():
+    H = channel("wide").requires_grad_()
+    plain, graphed = (
+        torch.autograd.grad(worst_case_rate(H, 1.0, 2.0, noise=0.1), H, create_graph=graph)[0]
+        for graph in (False, True)
+    )
+    assert graphed.requires_grad
+    assert torch.equal(plain, graphed)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda found: found.covariance[0, 0].real,
+        lambda found: found.level,
+        lambda found: found.sum_rate + found.level,
+    ],
+    ids=["covariance", "level", "sum"],
+)
+def test_other_second_derivatives_are_refused_and_not_zero(loss):
+    P_N = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(worst_case(channel("tall"), 1.0, P_N)), P_N, create_graph=True)
+    with pytest.raises(InputError, match="worst_case: the sum rate has first and second derivatives"):
         slope.backward()
-    (slope,) = torch.autograd.grad(worst_case(channel("tall"), 1.0, P_N).sum_rate, P_N, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        torch.autograd.grad(slope, P_N)
+    with pytest.raises(InputError, match="the covariance and the level have first ones only"):
+        hessian(lambda P_N: loss(worst_case(channel("tall"), 1.0, P_N)), P_N)
+
+
+@pytest.mark.parametrize(("kind", "P"), [("rank deficient", 1.0), ("tall", [1.0, 0.0]), ("square", 0.0)])
+def test_no_second_derivatives_where_there_are_no_first_ones(kind, P):
+    P_N = torch.tensor(2.0, dtype=torch.float64)
+    with pytest.raises(InputError, match="no second derivatives where C has no first ones"):
+        hessian(lambda P_N: worst_case_rate(channel(kind), P, P_N), P_N)
+
+
+def test_third_derivatives_are_refused():
+    P_N = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(worst_case_rate(channel("tall"), 1.0, P_N), P_N, create_graph=True)
+    (bend,) = torch.autograd.grad(slope, P_N, create_graph=True)
+    with pytest.raises(InputError, match="first and second derivatives"):
+        bend.backward()
+
+
+def test_complex_gradients_follow_the_convention_of_torch():
+    H = channel("tall").requires_grad_()
+    worst_case_rate(H, 1.0, 2.0, noise=0.1).backward()
+    dH = 1e-6 * torch.from_numpy(complex_normal(np.random.default_rng(0), *H.shape))
+    with torch.no_grad():
+        change = worst_case_rate(H + dH, 1.0, 2.0, noise=0.1) - worst_case_rate(H - dH, 1.0, 2.0, noise=0.1)
+    assert float((H.grad.conj() * dH).sum().real) == pytest.approx(float(change) / 2, rel=1e-7)
 
 
 def test_the_derivative_integrates_to_the_rate():

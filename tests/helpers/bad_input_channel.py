@@ -9,6 +9,8 @@ from rmtllmf.channel import (
     Uplink,
     UplinkScenario,
     barrage_covariance,
+    covariance_of,
+    dbm,
     imperfect_channel,
     lmmse,
     min_max_rate_covariance,
@@ -41,7 +43,8 @@ def every_jammer():
     }
     for name, call in doors.items():
         yield from [
-            (f"{name}: real H", lambda c=call: c(H=H.real), TypeError, "H: expected complex.*float64"),
+            (f"{name}: real H", lambda c=call: c(H=H.real), TypeError, r"H: .*float64; a channel.*\.astype\(complex\)"),
+            (f"{name}: real H, torch", lambda c=call: c(H=torch.ones(3, 2)), TypeError, r"\.to\(torch.complex128\)"),
             (f"{name}: H vector", lambda c=call: c(H=H[0]), ShapeError, r"H: expected shape.*got \(2,\)"),
             (f"{name}: H empty", lambda c=call: c(H=H[:, :0]), ShapeError, r"H: .*got \(3, 0\)"),
             (f"{name}: H NaN", lambda c=call: c(H=poisoned(NAN)), NonFiniteError, "H: holds 1 non-finite.*of 6"),
@@ -63,7 +66,15 @@ def every_jammer():
                 ShapeError,
                 r"P: shape \(4, 2\) does not broadcast",
             ),
-            (f"{name}: negative P_N", lambda c=call: c(P_N=-1.0), InputError, "P_N: expected numbers >= 0"),
+            (
+                f"{name}: negative P_N",
+                lambda c=call: c(P_N=-80.0),
+                InputError,
+                r"P_N: expected numbers >= 0, got -80.0; powers are linear, in W: is it dBm\? from_dbm\(-80.0\)",
+            ),
+            (f"{name}: masked H", lambda c=call: c(H=np.ma.masked_array(H)), TypeError, r"H: .*masked.*\.filled"),
+            (f"{name}: masked P", lambda c=call: c(P=np.ma.masked_array([1.0, 2.0])), TypeError, "P: .*masked"),
+            (f"{name}: masked P_N", lambda c=call: c(P_N=np.ma.masked_array(1.0)), TypeError, "P_N: .*masked"),
             (f"{name}: inf P_N", lambda c=call: c(P_N=INF), NonFiniteError, "P_N: "),
             (f"{name}: NaN P_N", lambda c=call: c(P_N=NAN), NonFiniteError, "P_N: "),
             (f"{name}: P_N bool", lambda c=call: c(P_N=np.array([True])), TypeError, "P_N: expected real.*bool"),
@@ -71,7 +82,7 @@ def every_jammer():
                 f"{name}: P_N batch",
                 lambda c=call: c(H=np.stack([H] * 3), P_N=np.ones(2)),
                 ShapeError,
-                r"batch dimensions do not broadcast: H \(3,\).*P_N \(2,\)",
+                r"batch dimensions do not broadcast: H \(3,\), P_N \(2,\)(?!.* P \().*to sweep P_N .* P_N\[:, None\]",
             ),
         ]
 
@@ -87,6 +98,13 @@ def every_receiver():
             (f"{name}: C not Hermitian", lambda c=call: c(H, 1.0, np.triu(np.ones((3, 3)))), NotPSDError, "Hermitian"),
             (f"{name}: C indefinite", lambda c=call: c(H, 1.0, np.diag([1, 1, -1.0])), NotPSDError, "-1.000e"),
             (f"{name}: C negative", lambda c=call: c(H, 1.0, -I3), NotPSDError, "C: expected positive semidef"),
+            (f"{name}: masked C", lambda c=call: c(H, 1.0, np.ma.masked_array(I3)), TypeError, "C: .*masked"),
+            (
+                f"{name}: C of two precisions",
+                lambda c=call: c(H, 1.0, np.diag([1.0, 1.0, -1e-7])),
+                NotPSDError,
+                "C: .*within the precision of complex64, but C is in double",
+            ),
             (f"{name}: C NaN", lambda c=call: c(H, 1.0, poisoned(NAN, I3)), NonFiniteError, "C: "),
             (
                 f"{name}: C batch",
@@ -112,6 +130,8 @@ def every_receiver():
         ]
 
 
+MASKED = np.ma.masked_array([1.0, 2.0])
+
 CASES = [
     ("H: ragged", lambda: worst_case([[1j], [1j, 2j]], 1.0, 1.0), ShapeError, "H: .*rows of equal length"),
     ("P: ragged", lambda: worst_case(H, [[1.0], [1.0, 2.0]], 1.0), ShapeError, "P: .*rows of equal length"),
@@ -130,6 +150,11 @@ CASES = [
     ("imperfect: real H", lambda: imperfect_channel(H.real, 0.1, seed=0), TypeError, "H: expected complex"),
     *every_jammer(),
     *every_receiver(),
+    ("P: list of masked", lambda: worst_case(np.stack([H] * 2), [MASKED, MASKED], 1.0), TypeError, "P: .*masked"),
+    ("noise: negative", lambda: worst_case(H, 1.0, 1.0, noise=-104.0), InputError, r"noise: .*from_dbm\(-104.0\)"),
+    ("snapshots: real", lambda: covariance_of(I3), TypeError, "snapshots: .*amplitudes have phases"),
+    ("decibels: masked", lambda: dbm(MASKED), TypeError, "power: .*masked"),
+    ("sic: no order", lambda: sic(H, 1.0, I3, order=None), TypeError, "order: .*got None.*lmmse"),
     ("worst_case: negative noise", lambda: worst_case(H, 1.0, 1.0, noise=-1e-3), InputError, "noise: .*-0.001"),
     ("worst_case: NaN noise", lambda: worst_case(H, 1.0, 1.0, noise=NAN), NonFiniteError, "noise: "),
     ("barrage: real H", lambda: barrage_covariance(H.real, 1.0), TypeError, "H: expected complex"),

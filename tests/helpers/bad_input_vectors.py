@@ -16,6 +16,13 @@ BASE = {"w": torch.zeros(2), "steps": torch.tensor(1)}
 BIG = TaskVector({"w": torch.tensor([3e38])})
 
 CASES = [
+    ("vector: arrays", lambda: TaskVector({"w": np.ones(3)}), TypeError, r"\['w'\]: .*ndarray"),
+    (
+        "vector: between arrays",
+        lambda: TaskVector.between(BASE, {"w": np.ones(3)}),
+        TypeError,
+        r"finetuned\['w'\]: .*ndarray; torch.from_numpy makes one",
+    ),
     ("vector: times a lot", lambda: BIG * 10, NonFiniteError, r"the product\['w'\] holds 1 non-finite"),
     ("vector: plus a lot", lambda: BIG + BIG, NonFiniteError, r"the result\['w'\]"),
     ("vector: plus NaN", lambda: TaskVector(V) + {"w": torch.tensor([NAN, 0])}, NonFiniteError, r"the result\['w'\]"),
