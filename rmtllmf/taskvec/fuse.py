@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._state import StateLike, Tensors, as_state, check_dtypes, check_keys, check_shapes, identity
 from ..errors import InputError, StateMismatchError
+from ._kinship import warn_unless_related
 from ._options import checked_dtype
 from ._sinks import Applied, Memory, Sink
 from ._sources import Base, Difference, Source, Stored, source_of
@@ -57,6 +58,11 @@ def fuse(
         change differently. InputError: task vectors that require gradients. NonFiniteError: NaN or infinity that is
         not the same in base and model. Otherwise as the rule.
 
+    Warns:
+        RmtllmfWarning: models whose matrices have nothing in common with the base's, as far as pieces of some of them
+        tell, which costs no pass over the data: most likely it is not the base that they were fine-tuned from. Models
+        with fewer than eight matrices of a thousand entries are not looked at, and no DTensors.
+
     Source: Ilharco et al., "Editing models with task arithmetic", 2023; R-MTLLMF, eq. 1 and 6.
 
     Example:
@@ -69,6 +75,7 @@ def fuse(
     state = as_state(base, "base")
     shared = Base(Stored(state, "base"))
     vectors = [_vector(shared, state, model, f"finetuned[{index}]") for index, model in enumerate(listed(finetuned))]
+    warn_unless_related(shared.source, [vector.model for vector in vectors if isinstance(vector, Difference)])
     if out is not None:
         if not isinstance(out, Mapping):
             raise TypeError(f"out: expected a mapping of name -> tensor, got {type(out).__name__}")

@@ -19,6 +19,7 @@ from .._state import Tensors
 from ..errors import StateMismatchError
 from ._checkpoint import Checkpoint
 from ._checkpoint_writer import Files
+from ._kinship import warn_unless_related
 from ._noisy import mse_of, noisy
 from ._options import checked_dtype
 from ._sinks import Applied
@@ -76,6 +77,9 @@ def fuse_files(
         writing, or that is one of the inputs; an input that changes meanwhile. FileNotFoundError,
         FileExistsError, PermissionError: as they say. Otherwise as the rule.
 
+    Warns:
+        RmtllmfWarning: models whose matrices have nothing in common with the base's, as of `fuse`.
+
     Note:
         The result appears under its name only when it is complete. A run that was killed (not one that failed) goes on
         where it was when it is called again with the same arguments and files, before the next boot; so does one that
@@ -103,6 +107,7 @@ def fuse_files(
         for index, path in enumerate(listed(finetuned)):
             opened.append(Checkpoint(path, f"finetuned[{index}]"))
             _check(opened[-1], origin)
+        warn_unless_related(origin, opened[1:])
         shared = Base(origin)
         vectors: list[Source] = [Difference(shared, model, model.label) for model in opened[1:]]
         if mse is None:
