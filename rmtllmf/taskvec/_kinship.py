@@ -48,7 +48,8 @@ def _is_stranger(model: Source, keys: Sequence[str], pieces: Sequence[Tensor]) -
     for key, before in zip(keys, pieces, strict=True):
         if model.template(key) is None and model.sliceable(key):
             after = _piece(model, key)
-            cosine = float(before @ after / (before.norm() * after.norm()))
+            # no `@`: it wakes all threads, and waits for them where other processes have the cores
+            cosine = float((before * after).sum() / (before.norm() * after.norm()))
             if math.isfinite(cosine):  # not of zeros, nor of what will be an error
                 cosines.append(cosine)
     return len(cosines) >= FEWEST and median(cosines) < ALIKE
