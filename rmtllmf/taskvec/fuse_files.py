@@ -16,13 +16,13 @@ import torch
 from .._random import Seed, seed_number
 from .._sharded import full
 from .._state import Tensors
-from ..errors import StateMismatchError
+from ._agreement import check_model, left_alone
 from ._checkpoint import Checkpoint
 from ._checkpoint_writer import Files
 from ._noisy import mse_of, noisy
 from ._options import checked_dtype
 from ._sinks import Applied
-from ._sources import Base, Difference, Source, check_same
+from ._sources import Base, Difference, Source
 from .fuse import is_ours, listed, run
 from .rules.arithmetic import task_arithmetic
 
@@ -41,6 +41,8 @@ def fuse_files(
     scale: str | float = "rms",
     seed: Seed | None = None,
     dtype: torch.dtype | None = None,
+    skip: str | Iterable[str] = (),
+    mixed_dtypes: bool = False,
     progress: bool = False,
     **options: Any,
 ) -> None:
@@ -54,7 +56,8 @@ def fuse_files(
     Args:
         base: the pre-trained model: a ``.safetensors`` file, an index of shards (``.safetensors.index.json``), or a
             folder that holds one of them, such as Hugging Face writes.
-        finetuned: N of them with the same names, shapes and dtypes; how they are divided into shards does not matter.
+        finetuned: N of them with the same names, shapes and dtypes (but see `skip` and `mixed_dtypes`); how they are
+            divided into shards does not matter.
         out: a path that ends in ``.safetensors``, which is replaced if it exists; or a folder, which must not exist,
             for shards of the names of the base's, with their index. If `base` is a folder too, the configuration and
             tokenizer files in it (``.json``, ``.txt``, ``.model``, ``.jinja``, ``.md``) are copied, so that the result
@@ -67,6 +70,8 @@ def fuse_files(
             or a ``torch.Generator``. Without it they are options of the rule. To give both their own, bind the rule's:
             ``functools.partial(task_arithmetic, scale=0.3)``.
         dtype: of the fused entries; by default the base's.
+        skip, mixed_dtypes: as for `fuse`: names of what stays as in the base, which other models may have otherwise or
+            not at all; and whether models may have other floating dtypes than the base.
         progress: show a progress bar.
         options: of the rule, such as ``density=0.2``, and those of `FusionOptions` but ``out``.
 
@@ -102,9 +107,12 @@ def fuse_files(
         opened.append(origin)
         for index, path in enumerate(listed(finetuned)):
             opened.append(Checkpoint(path, f"finetuned[{index}]"))
-            _check(opened[-1], origin)
+        apart, rest = left_alone(origin, opened[1:], [], skip, mixed=mixed_dtypes)
+        for model in opened[1:]:
+            check_model(model, origin, apart, mixed=mixed_dtypes)
+        options |= {"skip": rest} if rest else {}
         shared = Base(origin)
-        vectors: list[Source] = [Difference(shared, model, model.label) for model in opened[1:]]
+        vectors: list[Source] = [Difference(shared, model, model.label, apart) for model in opened[1:]]
         if mse is None:
             options |= {} if scale == "rms" else {"scale": scale}
             options |= {} if seed is None else {"seed": seed}
@@ -118,10 +126,11 @@ def fuse_files(
             "rule": _described(rule),
             "options": {name: _described(value) for name, value in sorted(options.items())},
             "dtype": str(dtype),
+            "apart": sorted(apart),
             "channel": channel,
             "versions": [torch.__version__, sys.modules["rmtllmf"].__version__],
         }
-        sink = Files(opened, out, request)
+        sink = Files(opened, out, request, dtype)
         try:
             run(rule, vectors, Applied(shared, sink, dtype), options | ({"progress": True} if progress else {}))
         except (KeyboardInterrupt, SystemExit, OSError):
@@ -134,16 +143,6 @@ def fuse_files(
     finally:
         for file in opened:
             file.close()
-
-
-def _check(model: Checkpoint, base: Checkpoint) -> None:
-    check_same(model, base)
-    for key, spec in model.specs.items():
-        if spec.dtype != base.specs[key].dtype:
-            raise StateMismatchError(
-                f"{model.label}[{key!r}] is {spec.dtype}; base has {base.specs[key].dtype}. Convert one of them first: "
-                "nothing is cast in silence"
-            )
 
 
 def _described(value: Any) -> Any:
