@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -14,9 +15,11 @@ from torch import Tensor
 from .._coefficients import CHUNK, SCALES, sums_of_rows
 from .._random import Seed, reseed, seed_number
 from .._state import extrema, finite_number, is_bendable
-from ..errors import InputError, ShapeError
+from ..errors import InputError, RmtllmfWarning, ShapeError
 from ._engine import Fusion, Piece
 from ._sources import Source
+
+_LOUD = 100  # times the rms; the peaks of fine-tuned models are up to 60 times
 
 
 class Noisy(Source):
@@ -100,6 +103,7 @@ def _scales(vectors: Sequence[Source], scale: str | float) -> list[dict[str, flo
     keys = sorted(key for key, spec in vectors[0].specs.items() if is_bendable(key, spec.dtype))
     if not isinstance(scale, str):
         number = finite_number(scale, "scale", positive=True)
+        _warn_if_loud(vectors, number)
         return [dict.fromkeys(keys, number) for _ in vectors]
     if scale not in SCALES:
         raise InputError(f"scale: expected one of {', '.join(map(repr, SCALES))} or a positive number, got {scale!r}")
@@ -128,6 +132,23 @@ def _scales(vectors: Sequence[Source], scale: str | float) -> list[dict[str, flo
             if value == 0:
                 raise InputError(f"{vector.label}[{key!r}] cannot be normalised: it does not differ from base")
     return result
+
+
+def _warn_if_loud(vectors: Sequence[Source], scale: float) -> None:
+    """Warn of a scale that no coefficient comes near to: a rule's, most likely."""
+    found = Fusion(vectors, {}, argument="finetuned").survey(lambda piece: (len(piece), _rows(piece)))
+    entries = sum(length for length, _ in found)
+    for q, vector in enumerate(vectors):
+        rms = math.sqrt(math.fsum(number for _, rows in found for number in rows[q]) / max(1, entries))
+        if 0 < rms < scale / _LOUD:  # what does not differ from the base, or is not finite, is told elsewhere
+            warnings.warn(
+                f"scale: {scale:g} is {scale / rms:.3g} times the rms of {vector.label} - base, and so is the noise "
+                "that it gets: with mse, scale is what the channel divides coefficients by before they are sent. If the "
+                "rule's was meant, bind it: functools.partial(rule, scale=...)",
+                RmtllmfWarning,
+                stacklevel=6,
+            )
+            return
 
 
 def _rows(piece: Piece) -> list[list[float]]:

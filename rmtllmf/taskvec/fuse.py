@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,35 @@ from .vector import TaskVector
 
 __all__ = ["fuse"]
 
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 
+
+def rule_given_once(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Says what to do about an option of the rule that is called ``rule``, too, as `dare` has one."""
+    place = list(inspect.signature(function).parameters).index("rule")
+
+    @functools.wraps(function)
+    def checked(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        if len(args) > place and "rule" in kwargs:
+            outer, inner = (name_of(rule) for rule in (args[place], kwargs["rule"]))
+            raise TypeError(
+                f"rule: given twice; {outer} gets a rule of its own by binding it: functools.partial({outer}, "
+                f"rule={inner})"
+            )
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def name_of(rule: object) -> str:
+    """What an error calls a rule."""
+    while isinstance(rule, functools.partial):
+        rule = rule.func
+    return str(getattr(rule, "__name__", type(rule).__name__))
+
+
+@rule_given_once
 def fuse(
     base: StateLike,
     finetuned: Iterable[StateLike],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import os
 import secrets
 import sys
@@ -23,7 +24,7 @@ from ._noisy import mse_of, noisy
 from ._options import checked_dtype
 from ._sinks import Applied
 from ._sources import Base, Difference, Source
-from .fuse import is_ours, listed, run
+from .fuse import is_ours, listed, name_of, rule_given_once, run
 from .rules.arithmetic import task_arithmetic
 
 __all__ = ["fuse_files"]
@@ -31,6 +32,7 @@ __all__ = ["fuse_files"]
 Path = str | os.PathLike[str]
 
 
+@rule_given_once
 def fuse_files(
     base: Path,
     finetuned: Iterable[Path],
@@ -66,9 +68,11 @@ def fuse_files(
         mse: to send the task vectors over the channel on the way: the N mean squared errors of the receiver, as of
             `rmtllmf.channel.sic`, or a number for all. Each vector gets the noise that `rmtllmf.channel.transmit` gives
             it with these `mse`, `scale` and `seed` (estimator "additive", independent errors).
-        scale, seed: with `mse` those of the channel: "rms", "peak", "tensor_rms", "tensor_peak" or a number, and an int
-            or a ``torch.Generator``. Without it they are options of the rule. To give both their own, bind the rule's:
-            ``functools.partial(task_arithmetic, scale=0.3)``.
+        scale, seed: with `mse` those of the channel, and not of the rule: what coefficients are divided by before they
+            are sent, "rms", "peak", "tensor_rms", "tensor_peak" or a number (of the size of the vectors' entries, which
+            is 1e-4 to 1e-2 for most fine-tuned models: a rule's 0.3 makes the noise a thousand times too large), and an
+            int or a ``torch.Generator``. Without `mse` they are options of the rule. To give both their own, bind the
+            rule's: ``functools.partial(task_arithmetic, scale=0.3)``, ``functools.partial(dare, seed=0)``.
         dtype: of the fused entries; by default the base's.
         skip, mixed_dtypes: as for `fuse`: names of what stays as in the base, which other models may have otherwise or
             not at all; and whether models may have other floating dtypes than the base.
@@ -80,6 +84,9 @@ def fuse_files(
         base and model. InputError: a file that is no safetensors file, or is damaged; a target that another process is
         writing, or that is one of the inputs; an input that changes meanwhile. FileNotFoundError,
         FileExistsError, PermissionError: as they say. Otherwise as the rule.
+
+    Warns:
+        RmtllmfWarning: with `mse` a number is given as `scale` that is more than 100 times the rms of a vector.
 
     Note:
         The result appears under its name only when it is complete. A run that was killed (not one that failed) goes on
@@ -118,6 +125,7 @@ def fuse_files(
             options |= {} if seed is None else {"seed": seed}
         else:
             seed = None if seed is None else seed_number(seed)
+            _check_own_seed(rule)
             errors = mse_of(mse, len(vectors))
             vectors = noisy(vectors, errors, scale, seed)
             channel = {"mse": errors, "scale": scale if isinstance(scale, str) else float(scale), "seed": seed}
@@ -143,6 +151,19 @@ def fuse_files(
     finally:
         for file in opened:
             file.close()
+
+
+def _check_own_seed(rule: Callable[..., Tensors]) -> None:
+    try:
+        own = inspect.signature(rule).parameters.get("seed")
+    except (TypeError, ValueError):
+        return
+    if own is not None and own.kind is own.KEYWORD_ONLY and own.default is own.empty:
+        name = name_of(rule)
+        raise TypeError(
+            f"seed: with mse it is the channel's, and {name} needs one of its own; bind it: functools.partial({name}, "
+            "seed=...)"
+        )
 
 
 def _described(value: Any) -> Any:

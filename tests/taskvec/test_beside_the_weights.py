@@ -90,8 +90,8 @@ def test_transformers_loads_what_the_configuration_says(tmp_path):
 
 COPIED = [
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "merges.txt",
-    "README.md", "qwen.tiktoken", "vocab.bpe", "source.spm", "LICENSE", "NOTICE", "chat_template.jinja", "chat_template.json",
-    "chat_templates/tool.jinja", "additional_chat_templates/rag.jinja",
+    "README.md", "qwen.tiktoken", "vocab.bpe", "source.spm", "LICENSE", "NOTICE", "chat_template.jinja",
+    "chat_template.json", "chat_templates/tool.jinja", "additional_chat_templates/rag.jinja",
 ]  # fmt: skip
 LEFT = [
     "modeling_own.py", "training_args.bin", "trainer_state.json", "adapter_config.json", "other.safetensors.index.json",
