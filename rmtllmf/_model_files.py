@@ -139,7 +139,7 @@ def files_of(path: StrPath, label: str) -> tuple[list[Path], dict[str, str] | No
     where = checked_path(path, label)
     if where.is_dir():
         where = _in_folder(where, label)
-    if not where.exists():
+    if not where.exists() and not where.name.endswith(_PICKLED):
         raise FileNotFoundError(
             f"{label}: there is no file or folder {str(where)!r}. Nothing is downloaded here: a model of the Hugging "
             "Face hub must be fetched before (hf download), and its folder given"

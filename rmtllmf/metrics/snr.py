@@ -21,7 +21,8 @@ def snr_db(sent: StateLike, received: StateLike) -> float:
     squared ratio of peak to rms.
 
     Args:
-        sent: what was sent: a mapping of name -> tensor, a module or the path of a safetensors file.
+        sent: what was sent: a mapping of name -> tensor, a module, or the path of a checkpoint or of
+            what `TaskVector.save` wrote.
         received: what arrived, with the same keys and shapes.
 
     Returns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -16,7 +16,7 @@ from .._coefficients import CHUNK, SCALES, sums_of_rows
 from .._random import Seed, reseed, seed_number
 from .._state import extrema, finite_number, is_bendable
 from ..errors import InputError, RmtllmfWarning, ShapeError
-from ._engine import Fusion, Piece
+from ._engine import PIECE, Fusion, Piece
 from ._sources import Source
 
 _LOUD = 100  # times the rms; the peaks of fine-tuned models are up to 60 times
@@ -81,6 +81,8 @@ def noisy(vectors: Sequence[Source], errors: Sequence[float], scale: str | float
         raise InputError("seed: with mse the channel draws noise; expected an int or a torch.Generator, got None")
     number = seed_number(seed)
     scale_of = _scales(vectors, scale)
+    if not isinstance(scale, str):
+        _warn_if_loud(vectors, errors, float(scale))
     return [Noisy(v, q, error, scale_of[q], number) for q, (v, error) in enumerate(zip(vectors, errors, strict=True))]
 
 
@@ -103,7 +105,6 @@ def _scales(vectors: Sequence[Source], scale: str | float) -> list[dict[str, flo
     keys = sorted(key for key, spec in vectors[0].specs.items() if is_bendable(key, spec.dtype))
     if not isinstance(scale, str):
         number = finite_number(scale, "scale", positive=True)
-        _warn_if_loud(vectors, number)
         return [dict.fromkeys(keys, number) for _ in vectors]
     if scale not in SCALES:
         raise InputError(f"scale: expected one of {', '.join(map(repr, SCALES))} or a positive number, got {scale!r}")
@@ -134,21 +135,34 @@ def _scales(vectors: Sequence[Source], scale: str | float) -> list[dict[str, flo
     return result
 
 
-def _warn_if_loud(vectors: Sequence[Source], scale: float) -> None:
+def _warn_if_loud(vectors: Sequence[Source], errors: Sequence[float], scale: float) -> None:
     """Warn of a scale that no coefficient comes near to: a rule's, most likely."""
-    found = Fusion(vectors, {}, argument="finetuned").survey(lambda piece: (len(piece), _rows(piece)))
-    entries = sum(length for length, _ in found)
-    for q, vector in enumerate(vectors):
-        rms = math.sqrt(math.fsum(number for _, rows in found for number in rows[q]) / max(1, entries))
-        if 0 < rms < scale / _LOUD:  # what does not differ from the base, or is not finite, is told elsewhere
+    for vector, error in zip(vectors, errors, strict=True):
+        sizes = {key: spec.size for key, spec in vector.specs.items() if is_bendable(key, spec.dtype)}
+        enough = (scale / _LOUD) ** 2 * sum(sizes.values())
+        energy = 0.0
+        for part in _parts(vector, sizes) if error else ():
+            energy += float(part.to(torch.float64).square().sum())
+            if not energy < enough:  # most often after a small share of the vector
+                break
+        if 0 < energy < enough:
+            rms = math.sqrt(energy / sum(sizes.values()))
             warnings.warn(
                 f"scale: {scale:g} is {scale / rms:.3g} times the rms of {vector.label} - base, and so is the noise "
-                "that it gets: with mse, scale is what the channel divides coefficients by before they are sent. If the "
-                "rule's was meant, bind it: functools.partial(rule, scale=...)",
+                "that it gets: with mse, scale is what the channel divides coefficients by before they are sent. "
+                "If the rule's was meant, bind it: functools.partial(rule, scale=...)",
                 RmtllmfWarning,
-                stacklevel=6,
+                stacklevel=5,
             )
             return
+
+
+def _parts(vector: Source, sizes: Mapping[str, int]) -> Iterator[Tensor]:
+    for key, size in sizes.items():
+        spec = vector.specs[key]
+        for start in range(0, size, PIECE):
+            stop = min(start + PIECE, size)
+            yield vector.read(key, start, stop, torch.empty(stop - start, dtype=spec.calculated_in, device=spec.device))
 
 
 def _rows(piece: Piece) -> list[list[float]]:

@@ -103,7 +103,8 @@ class _Aligned(Lazy):
     def __repr__(self) -> str:
         zeros = sum(own is None for own in self.stands_for.values())
         of = repr(self.source) if type(self.source).__repr__ is not object.__repr__ else self.label
-        return f"<{of}, aligned: {counted(len(self), 'tensor')}, of which {zeros} are zero>"
+        rest = f", of which {zeros} {'is' if zeros == 1 else 'are'} zero" if zeros else ""
+        return f"<{of}, aligned: {counted(len(self), 'tensor')}{rest}>"
 
     def in_memory(self) -> Iterator[Stored]:
         return self.source.in_memory()

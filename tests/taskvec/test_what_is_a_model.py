@@ -14,7 +14,7 @@ from helpers.readers import _make_adapter, sharded
 from rmtllmf.errors import InputError, StateMismatchError
 from rmtllmf.metrics import snr_db
 from rmtllmf.resilience import embedding_keys, restore
-from rmtllmf.taskvec import TaskVector, adapter_vector, emr, fuse, fuse_files, task_arithmetic
+from rmtllmf.taskvec import TaskVector, adapter_vector, aligned, emr, fuse, fuse_files, task_arithmetic
 
 
 def model(seed):
@@ -250,3 +250,13 @@ def test_an_adapter_on_another_base(tmp_path):
     for given in (vector, TaskVector(vector)):
         with pytest.raises(StateMismatchError, match=r"is torch.float32; base has torch.int64, which is never changed"):
             fuse({"fc.weight": whole}, [given])
+
+
+def test_what_aligned_gives_says_what_it_is(tmp_path):
+    _make_adapter(tmp_path)
+    adapter, other = aligned([adapter_vector(tmp_path / "adapter"), {"other.weight": torch.ones(2, 2)}])
+    folder = re.escape(str(tmp_path / "adapter"))
+    own = f"<task vector of adapter '{folder}': 1 tensors, made when they are read>"
+    assert re.fullmatch(f"<{own}, aligned: 2 tensors, of which 1 is zero>", repr(adapter))
+    assert repr(other) == "<vectors[1], aligned: 2 tensors, of which 1 is zero>"
+    assert repr(aligned([{"w": torch.ones(2)}])[0]) == "<vectors[0], aligned: 1 tensor>"
