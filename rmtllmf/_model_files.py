@@ -17,9 +17,9 @@ INDEX, WEIGHTS = ".safetensors.index.json", ".safetensors"
 _PREFERRED = ("model.safetensors", "model.safetensors.index.json")  # the order of transformers
 _ADAPTER_CONFIG = "adapter_config.json"
 _PICKLED = (".bin", ".bin.index.json", ".ckpt", ".pkl", ".pt", ".pth")
-CONVERT = (
-    "What is pickled could hold code, and is not opened; convert it once: with transformers from_pretrained, then "
-    "save_pretrained, or torch.load(..., weights_only=True), then safetensors.torch.save_file"
+_CONVERT = (
+    "Convert it once: with transformers from_pretrained, then save_pretrained, or torch.load(..., weights_only=True), "
+    "then safetensors.torch.save_file"
 )
 _OF_OURS = {  # what this library writes that is no model: what it is, and what reads it
     "task_vector": (
@@ -153,7 +153,7 @@ def files_of(path: StrPath, label: str) -> tuple[list[Path], dict[str, str] | No
         raise InputError(
             f"{label}: expected a .safetensors file, a .safetensors.index.json or a folder with one of them, got "
             f"{str(where)!r}; nothing else is read, because it could hold code"
-            + (f". {CONVERT}" if where.name.endswith(_PICKLED) else "")
+            + (f". {_CONVERT}" if where.name.endswith(_PICKLED) else "")
         )
     return [where], None
 
@@ -171,7 +171,12 @@ def _in_folder(folder: Path, label: str) -> Path:
         raise InputError(
             f"{label}: expected one .safetensors file or one .safetensors.index.json in {str(folder)!r}, found "
             f"{brief(names) if names else 'none'}"
-            + (f", but {brief(pickled)}. {CONVERT}" if pickled and not names else "")
+            + (
+                f", but {brief(pickled)}, which is not opened, because it could hold code. {_CONVERT}"
+                if pickled and not names
+                else ""
+            )
+            + ("; shards need their index" if len(singles) > 1 and not indices else "")
         )
     if found[0].name.endswith(INDEX):
         check_inside(found[0], folder, label)

@@ -88,8 +88,7 @@ class TaskVector(Mapping[str, Tensor]):
         r"""The task vector from `base` to `finetuned` (eq. 1 of R-MTLLMF).
 
         Args:
-            base: the pre-trained model: a module, a state dict or the path of a checkpoint (a ``.safetensors`` file, an
-                index of shards, or a folder with one of them).
+            base: the pre-trained model: a module, a state dict, or a path (safetensors file, index of shards, folder).
             finetuned: the same after fine-tuning, with the same keys, shapes and dtypes.
             skip: names or glob patterns that are no part of the vector. What they name may have another shape or dtype
                 in one of the models, or be missing there: a head, a longer vocabulary.
