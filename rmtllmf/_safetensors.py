@@ -44,6 +44,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors package
 LONGEST_NAME = 4096  # characters: errors repeat it
 MOST_DIMENSIONS = 64  # as in NumPy
+_LFS = b"version https://git-lfs.github.com/spec/"
+_AGAIN = "Copy or download it again"
 
 
 class Entry(NamedTuple):
@@ -134,26 +136,22 @@ class TensorFile(Mapping[str, Tensor]):
     __hash__ = object.__hash__
 
 
-def load(path: StrPath, label: str) -> dict[str, Tensor]:
-    """All tensors of a file, on the CPU."""
-    file = TensorFile(path, label)
-    try:
-        tensors = dict(file)
-        file.check_unchanged()
-    finally:
-        file.close()
-    return tensors
-
-
 def read_header(descriptor: int, label: str) -> tuple[dict[str, Entry], dict[str, str]]:
     """Name -> entry, and the metadata, of a safetensors file; nothing is believed."""
     size = os.fstat(descriptor).st_size
-    start = _first_bytes(descriptor, 0, 8)
+    start = _first_bytes(descriptor, 0, 8 + len(_LFS))
+    if start.startswith(_LFS):
+        raise InputError(
+            f"{label} is a Git LFS pointer, which stands for the file that it names; fetch that with `git lfs pull`"
+        )
     if len(start) < 8:
         raise InputError(f"{label} is no safetensors file: it is {size} bytes long")
-    (length,) = struct.unpack("<Q", start)
+    (length,) = struct.unpack("<Q", start[:8])
     if length > min(LONGEST_HEADER, size - 8):
-        raise InputError(f"{label} is no safetensors file: its header would be {length} bytes long")
+        problem = f"its header would be {length} bytes long"
+        if length <= LONGEST_HEADER and start[8:9] == b"{":
+            raise InputError(f"{label} is truncated: it ends after {size} bytes, but {problem}. {_AGAIN}")
+        raise InputError(f"{label} is no safetensors file: {problem}")
     header = parsed(_first_bytes(descriptor, 8, length), f"{label} is no safetensors file: its header cannot be read")
     if not isinstance(header, dict):
         raise InputError(f"{label} is no safetensors file: its header is no mapping")
@@ -190,7 +188,12 @@ def _entry(key: str, value: Any, first: int, data: int, label: str) -> Entry:
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{label}: the entry {key!r} of its header makes no sense") from None
     sane = type(shape) is list and all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
-    if not sane or not begin <= stop <= data:
+    if sane and begin <= stop and stop > data:
+        raise InputError(
+            f"{label} is truncated: it ends before the data of {key!r}, of the offsets {begin} to {stop}: only {data} "
+            f"bytes of data are there. {_AGAIN}"
+        )
+    if not sane or not begin <= stop:
         raise InputError(
             f"{label}: the entry {key!r} has the shape {brief(shape)} and the offsets {brief(begin)} to {brief(stop)}"
         )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._safetensors import load
+from ._model_files import load_model
 from ._sharded import full, is_sharded, largest_of_all, local
 from .errors import InputError, NonFiniteError, ShapeError, StateMismatchError
 
@@ -26,19 +26,20 @@ RUNNING_STATISTICS = ("running_mean", "running_var")
 """Last part of the names of normalisation statistics: carried from the base, never bent, never scaled."""
 
 
-def as_state(source: StateLike, argument: str) -> dict[str, Tensor]:
-    """A plain dict from a module, a state dict (no tensor is copied) or the path of a safetensors file."""
+def as_state(source: StateLike, argument: str, *, vectors: bool = False) -> dict[str, Tensor]:
+    """A plain dict from a module, a state dict (no tensor is copied) or the path of a checkpoint.
+
+    With `vectors` that may be a file of `TaskVector.save`, too.
+    """
     if isinstance(source, nn.Module):
         # what modules put into their state dict beside tensors (get_extra_state) is theirs to keep
         return {key: value for key, value in source.state_dict().items() if isinstance(value, Tensor)}
     if isinstance(source, str | os.PathLike):
-        if not os.fspath(source).endswith(".safetensors"):
-            raise InputError(f"{argument}: expected the path of a .safetensors file, got {os.fspath(source)!r}")
-        return load(source, argument)
+        return load_model(source, argument, vectors=vectors)
     if not isinstance(source, Mapping):
         raise TypeError(
-            f"{argument}: expected a torch.nn.Module, a mapping of name -> tensor or the path of a safetensors "
-            f"file, got {type(source).__name__}"
+            f"{argument}: expected a torch.nn.Module, a mapping of name -> tensor or the path of a checkpoint, "
+            f"got {type(source).__name__}"
         )
     return _checked(source, argument)
 
@@ -71,8 +72,11 @@ def quoted(keys: Iterable[str], limit: int = 5) -> str:
     return ", ".join(map(repr, ordered[:limit])) + more
 
 
-def check_keys(state: Iterable[str], expected: Iterable[str], argument: str, reference: str) -> None:
-    """Raise unless both have exactly the same keys."""
+ALIGNED = "; aligned(vectors) brings vectors that change different layers, as adapters do, to the same names"
+
+
+def check_keys(state: Iterable[str], expected: Iterable[str], argument: str, reference: str, hint: str = "") -> None:
+    """Raise unless both have exactly the same keys; the `hint` is the end of the message."""
     have, want = set(state), set(expected)
     problems = []
     if want - have:
@@ -80,15 +84,16 @@ def check_keys(state: Iterable[str], expected: Iterable[str], argument: str, ref
     if have - want:
         problems.append(f"has the unexpected {quoted(have - want)}")
     if problems:
-        raise StateMismatchError(f"{argument} {' and '.join(problems)}; its keys must be those of {reference}")
+        raise StateMismatchError(f"{argument} {' and '.join(problems)}; its keys must be those of {reference}{hint}")
 
 
-def check_shapes(state: Tensors, expected: Tensors, argument: str, reference: str) -> None:
-    """Raise unless every tensor of `state` has the shape of its namesake in `expected`."""
+def check_shapes(state: Tensors, expected: Tensors, argument: str, reference: str, hint: str = "") -> None:
+    """Raise unless every tensor of `state` has the shape of its namesake in `expected`; `hint` as in `check_keys`."""
     for key, value in state.items():
         if value.shape != expected[key].shape:
             raise StateMismatchError(
-                f"{argument}[{key!r}] has shape {tuple(value.shape)}; {reference} has {tuple(expected[key].shape)}"
+                f"{argument}[{key!r}] has shape {tuple(value.shape)}; {reference} has "
+                f"{tuple(expected[key].shape)}{hint}"
             )
 
 
@@ -184,7 +189,7 @@ def as_vectors(
         raise InputError(f"{argument}: expected at least one mapping of name -> tensor, got an empty sequence")
     kinds = {key: is_bendable(key, tensor.dtype) for key, tensor in states[0].items()}
     for index, state in enumerate(states[1:], 1):
-        check_keys(state, states[0], f"{argument}[{index}]", f"{argument}[0]")
+        check_keys(state, states[0], f"{argument}[{index}]", f"{argument}[0]", ALIGNED)
         check_shapes(state, states[0], f"{argument}[{index}]", f"{argument}[0]")
         for key, tensor in state.items():
             if is_bendable(key, tensor.dtype) != kinds[key]:

@@ -52,18 +52,24 @@ def check_inside(path: StrPath, folder: StrPath, label: str) -> None:
             allowed.append(parent.parent / "blobs")
     if not any(real.is_relative_to(root) for root in allowed):
         raise InputError(
-            f"{label}: {os.fspath(path)!r} is a link that leads out of its folder, to {str(real)!r}; copy the file "
-            "there, or pass the path that it leads to"
+            f"{label}: {os.fspath(path)!r} is a link that leads out of its folder, to {str(real)!r}, and is not "
+            "followed: whoever made the folder may have meant a file that is not theirs. Copy or hard-link the "
+            "file into the folder, or pass the path that it leads to"
         )
 
 
 def read_json(path: StrPath, label: str, *, inside: StrPath | None = None) -> Any:
     """The content of a file of JSON, by the rules of `parsed`."""
+    return parsed(read_whole(path, label, inside=inside), f"{label}: {os.fspath(path)!r} is no JSON")
+
+
+def read_whole(path: StrPath, label: str, *, inside: StrPath | None = None) -> bytes:
+    """The bytes of a file that should be JSON."""
     with open(opened(path, label, inside=inside), "rb") as file:
         content = file.read(LONGEST_JSON + 1)
     if len(content) > LONGEST_JSON:
         raise InputError(f"{label}: {os.fspath(path)!r} is longer than {LONGEST_JSON} bytes; expected a file of JSON")
-    return parsed(content, f"{label}: {os.fspath(path)!r} is no JSON")
+    return content
 
 
 def parsed(text: str | bytes, problem: str) -> Any:

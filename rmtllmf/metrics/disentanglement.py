@@ -63,7 +63,7 @@ def weight_disentanglement_error(
 
     Args:
         model: its parameters are not used and not touched: one encoder, or a complete model.
-        base: :math:`\theta_0`: a module (such as `model`), a state dict or the path of a safetensors file.
+        base: :math:`\theta_0`: a module (such as `model`), a state dict or the path of a checkpoint.
         vectors: N >= 2 task vectors, in the order of `tasks` or a mapping of the same names.
         tasks: name -> (head, batches), or name -> batches for a complete model; batches are inputs, or (inputs,
             targets), of which the labels play no part.

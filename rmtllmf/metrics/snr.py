@@ -21,7 +21,8 @@ def snr_db(sent: StateLike, received: StateLike) -> float:
     squared ratio of peak to rms.
 
     Args:
-        sent: what was sent: a mapping of name -> tensor, a module or the path of a safetensors file.
+        sent: what was sent: a mapping of name -> tensor, a module, or the path of a checkpoint or of
+            what `TaskVector.save` wrote.
         received: what arrived, with the same keys and shapes.
 
     Returns:
@@ -39,7 +40,7 @@ def snr_db(sent: StateLike, received: StateLike) -> float:
         >>> snr_db({"w": torch.tensor([10.0, 0.0])}, {"w": torch.tensor([10.0, 1.0])})
         20.0
     """
-    clean, bent = as_state(sent, "sent"), as_state(received, "received")
+    clean, bent = as_state(sent, "sent", vectors=True), as_state(received, "received", vectors=True)
     check_keys(bent, clean, "received", "sent")
     check_shapes(bent, clean, "received", "sent")
     keys = sorted(key for key in clean if is_bendable(key, clean[key].dtype))

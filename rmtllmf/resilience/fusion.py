@@ -58,7 +58,7 @@ def resilient_fusion(
 
     Args:
         model: receives the result; whatever it holds before is overwritten. May be the same object as `base`.
-        base: what the task vectors were taken from: a module, a state dict or the path of a safetensors file.
+        base: what the task vectors were taken from: a module, a state dict or the path of a checkpoint.
         received: the N task vectors as they came over the channel, mappings of name -> tensor.
         tasks_or_batches: name -> (head, batches), or the batches of a complete model, as for `realign`.
         rule: a list of `TaskVector` -> the fused update, such as any rule of `rmtllmf.taskvec`; to set its options

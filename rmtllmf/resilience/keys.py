@@ -77,7 +77,7 @@ def embedding_keys(model_or_state: StateLike) -> tuple[str, ...]:
     every entry.
 
     Args:
-        model_or_state: a module, a state dict or the path of a safetensors file.
+        model_or_state: a module, a state dict or the path of a checkpoint.
 
     Returns:
         The names in the order of the state dict, floating entries only. Empty if there is none (a ResNet).
@@ -115,7 +115,7 @@ def attention_keys(model_or_state: StateLike) -> tuple[str, ...]:
     torchvision, ``torch.nn.MultiheadAttention`` and Hugging Face models are known, with any prefix.
 
     Args:
-        model_or_state: a module, a state dict or the path of a safetensors file.
+        model_or_state: a module, a state dict or the path of a checkpoint.
 
     Returns:
         The names in the order of the state dict, floating entries only. Empty if there is none.
@@ -145,7 +145,7 @@ def normalization_keys(model_or_state: StateLike) -> tuple[str, ...]:
     same shape, or a lone vector by its name. Running statistics themselves do not count.
 
     Args:
-        model_or_state: a module, a state dict or the path of a safetensors file.
+        model_or_state: a module, a state dict or the path of a checkpoint.
 
     Returns:
         The names in the order of the state dict, floating entries only. Empty if there is none. A state dict does not

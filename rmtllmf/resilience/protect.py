@@ -91,7 +91,7 @@ def protect(
 
     Args:
         model: receives the result; whatever it holds before is overwritten. May be the same object as `base`.
-        base: what the task vectors were taken from: a module, a state dict or the path of a safetensors file.
+        base: what the task vectors were taken from: a module, a state dict or the path of a checkpoint.
         received: Q mappings of name -> tensor, as they came over the channel. Not written to.
         reception: the `Reception` of `transmit`, or bare MSEs, (Q,) or (blocks, Q).
         tasks_or_batches: a few labelled samples: name -> (head, batches), or the batches of a complete model; None:

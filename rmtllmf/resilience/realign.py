@@ -71,7 +71,7 @@ def realign(
         warmup: share of the steps with linearly rising step size, followed by a cosine to 0; None: 0.1.
         schedule_steps: number of steps that the schedule of the step size is made for, at least `steps`; None: `steps`.
             So the first 30 of 100 steps can be taken as `steps_by_cross_validation` took them.
-        anchor: what the trained parameters are pulled to: a module, a state dict or the path of a safetensors file, of
+        anchor: what the trained parameters are pulled to: a module, a state dict or the path of a checkpoint, of
             which only trained parameters with a weight are read, or "start": where the model stands when the first
             step is taken. None: no pull.
         anchor_weight: :math:`w`, at least 0: a number, or a mapping of name or glob pattern -> a number, or a tensor

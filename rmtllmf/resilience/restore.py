@@ -18,7 +18,7 @@ def restore(state: StateLike, base: StateLike, keys: str | Iterable[str]) -> dic
     .. math:: \theta_j \leftarrow \theta_{\text{base}, j} \quad \text{for } j \in \mathcal{E}
 
     Args:
-        state: the fused model: a module, a state dict or the path of a safetensors file.
+        state: the fused model: a module, a state dict or the path of a checkpoint.
         base: the base model, likewise.
         keys: names or glob patterns (``"visual.*embedding*"``), matched against the names of `state`. A name that
             shares its memory with another in `state` brings the other along, so that ties hold.

@@ -80,7 +80,7 @@ def search_scale(
 
     Args:
         model: its parameters and buffers are not used and not touched: one encoder for all tasks, or a complete model.
-        base: :math:`\theta_\text{base}`: a module (such as `model`), a state dict or the path of a safetensors file.
+        base: :math:`\theta_\text{base}`: a module (such as `model`), a state dict or the path of a checkpoint.
         update: :math:`\tau`, name -> tensor, what a rule of fusion returns. What it does not name stays as in `base`,
             and so do integer entries and running statistics.
         tasks: name -> (head, batches), with logits ``head(model(inputs))``; or the batches of a complete model.

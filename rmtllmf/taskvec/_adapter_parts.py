@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._safetensors import TensorFile
 from .._state import StateLike, as_state, identity, is_bendable, quoted
 from ..errors import InputError, StateMismatchError
+from ._checkpoint import Checkpoint
 from ._sources import Source, Spec
 
 Read = Callable[[torch.dtype], Tensor]
@@ -89,8 +90,8 @@ class BaseModel:
     def __init__(self, base: StateLike) -> None:
         self.modules = dict(base.named_modules()) if isinstance(base, nn.Module) else {}
         self.state: Mapping[str, Tensor]
-        if isinstance(base, str | os.PathLike) and os.fspath(base).endswith(".safetensors"):
-            self.state = StoredFile(os.fspath(base), "base")
+        if isinstance(base, str | os.PathLike):
+            self.state = Checkpoint(base, "base", vectors=True)
         elif isinstance(base, Source):
             self.state = base
         else:
@@ -100,7 +101,7 @@ class BaseModel:
         return key in self.state
 
     def spec(self, key: str) -> Spec:
-        if isinstance(self.state, StoredFile | Source):
+        if isinstance(self.state, Source):
             return self.state.specs[key]
         tensor = self.state[key]
         return Spec(tuple(tensor.shape), tensor.dtype, tensor.device)
@@ -110,8 +111,6 @@ class BaseModel:
 
     def twins(self, keys: Iterable[str]) -> dict[str, str]:
         """A name -> the first of `keys` that is the same memory, where there is another."""
-        if isinstance(self.state, StoredFile):
-            return {}
         first: dict[Hashable, str] = {}
         ties = {}
         for key in keys:

@@ -21,28 +21,36 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from .._model_files import checked_path
 from .._safetensors import NAMES, header_of
 from .._state import overflows
-from .._untrusted import check_inside, naming, opened
+from .._untrusted import naming, opened
 from ..errors import InputError, NonFiniteError
-from ._checkpoint import Checkpoint, checked_path
+from ._beside import CONFIG, beside, config_in
+from ._checkpoint import Checkpoint
 from ._journal import NO_LINK, boot, locked, names
 from ._sinks import Storage
 from ._sources import Source, Spec
 
 _COPY = 1 << 22  # bytes copied at once
 _FLUSH = 1 << 26  # bytes after which the disk is set to work, while the rest is still calculated
-_BESIDE = (".json", ".txt", ".model", ".jinja", ".md")  # what a folder holds beside weights; nothing that can hold code
 _OTHER_FILES = (".bin", ".ckpt", ".gguf", ".h5", ".json", ".npz", ".onnx", ".pkl", ".pt", ".pth", ".safetensor", ".sft")
 
 
 class Files(Storage):
     """Writes a model of the names and shapes of `base`: what is fused, piece by piece, and the rest as it is there.
 
-    The fused entries take the dtype that they are opened with. `models` are all that is read, the base first.
+    The fused entries take the dtype that they are opened with, and a configuration beside them says `dtype` if there is
+    one. `models` are all that is read, the base first.
     """
 
-    def __init__(self, models: Sequence[Checkpoint], out: str | os.PathLike[str], request: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        models: Sequence[Checkpoint],
+        out: str | os.PathLike[str],
+        request: dict[str, Any],
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.models, self.base = models, models[0]
         self.out = checked_path(out, "out")
         self.single = self.out.name.endswith(".safetensors")
@@ -55,9 +63,11 @@ class Files(Storage):
         if not self.out.parent.is_dir():
             raise FileNotFoundError(f"out: there is no folder {str(self.out.parent)!r}")
         for model in models if self.out.exists() else ():
-            if any(self.out.samefile(file) for file in model.files):
+            if any(self.out.samefile(file) for file in model.model.files):
                 raise InputError(f"out: is {model.label} itself, which must not be written to")
-        self.beside = [] if self.single or self.base.folder is None else _beside(self.base.folder)
+        self.folder = None if self.single else self.base.model.folder
+        self.beside = [] if self.folder is None else beside(self.folder, "base")
+        self.config = None if self.folder is None or dtype is None else config_in(self.folder, dtype, "base")
         self.part = self.out.with_name(f".{self.out.name}.part")
         self.journal = self.out.with_name(f".{self.out.name}.part.journal")
         self.request = request | {"files": [model.fingerprint() for model in models], "boot": boot()}
@@ -100,16 +110,16 @@ class Files(Storage):
     def _layout(self) -> list[tuple[str, bytes, int]]:
         """(name, header, size) of every file; notes where every tensor goes."""
         self.places: dict[str, tuple[int, int]] = {}
-        groups = [sorted(self.base.specs)] if self.single else [[] for _ in self.base.files]
+        groups = [sorted(self.base.specs)] if self.single else [[] for _ in self.base.model.files]
         if not self.single:
             for key in sorted(self.base.specs):
-                groups[self.base.places[key].file].append(key)
+                groups[self.base.model.places[key].file].append(key)
         result = []
         for number, keys in enumerate(groups):
             kinds = {key: (self.specs[key].dtype, self.specs[key].shape) for key in keys}
             header, places = header_of(kinds, {"format": "pt"})
             self.places |= {key: (number, place.start) for key, place in places.items()}
-            name = self.out.name if self.single else self.base.files[number].name
+            name = self.out.name if self.single else self.base.model.files[number].name
             result.append((name, header, max((place.stop for place in places.values()), default=len(header))))
         return result
 
@@ -183,7 +193,7 @@ class Files(Storage):
         for key, spec in self.base.specs.items():
             if key in self.fused:
                 continue
-            (source, begin, end), (file, offset) = self.base.places[key], self.places[key]
+            (source, begin, end), (file, offset) = self.base.model.places[key], self.places[key]
             for at in range(0, spec.size * spec.dtype.itemsize, _COPY):
                 piece = stage[: min(_COPY, end - begin - at)]
                 self.base.read_bytes(source, begin + at, piece)
@@ -193,14 +203,17 @@ class Files(Storage):
         if self._flusher is not None:
             with naming(self.part):
                 self._flusher.finish()
-        if not self.single and len(self.base.files) > 1:
+        if not self.single and len(self.base.model.files) > 1:
             total = sum(spec.size * spec.dtype.itemsize for spec in self.specs.values())
-            shards = {key: self.base.files[file].name for key, (file, _) in sorted(self.places.items())}
+            shards = {key: self.base.model.files[file].name for key, (file, _) in sorted(self.places.items())}
             index = json.dumps({"metadata": {"total_size": total}, "weight_map": shards}, indent=2)
             self._put_beside("model.safetensors.index.json", io.BytesIO(index.encode()))
-        for path in self.beside:
-            with open(opened(path, self.base.label, inside=path.parent), "rb") as content:
-                self._put_beside(path.name, content)
+        if self.folder is not None:
+            for path in self.beside:
+                with open(opened(path, self.base.label, inside=self.folder), "rb") as content:
+                    self._put_beside(str(path.relative_to(self.folder)), content)
+        if self.config is not None:
+            self._put_beside(CONFIG, io.BytesIO(self.config))
         os.replace(self.part, self.out)
         os.unlink(self.journal)
         return {}
@@ -208,6 +221,9 @@ class Files(Storage):
     def _put_beside(self, name: str, content: IO[bytes]) -> None:
         """A small file beside the shards; an earlier run may have begun it."""
         path = self.part / name
+        if path.parent.is_symlink():
+            path.parent.unlink()
+        path.parent.mkdir(exist_ok=True)
         path.unlink(missing_ok=True)
         with naming(path), open(path, "xb") as file:
             shutil.copyfileobj(content, file)
@@ -280,15 +296,6 @@ class _Flusher:
                 os.fsync(descriptor)
         except OSError as error:
             self.error = self.error or error
-
-
-def _beside(folder: Path) -> list[Path]:
-    """The small files that a model needs beside its weights: configuration, tokenizer, texts."""
-    found = [file for file in sorted(folder.iterdir()) if file.name.endswith(_BESIDE) and file.is_file()]
-    found = [file for file in found if not file.name.endswith(".index.json")]
-    for file in found:
-        check_inside(file, folder, "base")
-    return found
 
 
 def _remove(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from statistics import median
 
 import torch
@@ -24,9 +24,13 @@ LEAST, PIECE = 1024, 4096  # entries of a matrix that is looked at, and of the p
 FEWEST, MOST = 8, 16  # matrices
 
 
-def warn_unless_related(base: Source, models: Iterable[Source]) -> None:
-    """Warn of models whose matrices have nothing in common with the base's; of small models nothing is said."""
-    keys = [key for key, spec in base.specs.items() if len(spec.shape) > 1 and spec.size >= LEAST]
+def warn_unless_related(base: Source, models: Iterable[Source], apart: Container[str] = ()) -> None:
+    """Warn of models whose matrices have nothing in common with the base's; of small models nothing is said.
+
+    Those `apart` are no business of a fusion: the models may have something else in their place.
+    """
+    matrices = [key for key, spec in base.specs.items() if len(spec.shape) > 1 and spec.size >= LEAST]
+    keys = [key for key in matrices if key not in apart]
     keys = [k for k in keys if is_bendable(k, base.specs[k].dtype) and base.template(k) is None and base.sliceable(k)]
     if len(keys) < FEWEST:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from .._state import (
     Tensors,
     all_finite,
     as_state,
-    check_dtypes,
     check_keys,
     check_shapes,
     finite_number,
@@ -23,17 +22,28 @@ from .._state import (
     map_tied,
     overflows,
     quoted,
+    select_names,
     wide,
 )
 from ..errors import InputError, NonFiniteError, StateMismatchError
+from ._agreement import MIXED, SKIPPED
 
 
-def differences(base: StateLike, finetuned: StateLike) -> dict[str, Tensor]:
+def differences(
+    base: StateLike, finetuned: StateLike, skip: str | Iterable[str] = (), *, mixed_dtypes: bool = False
+) -> dict[str, Tensor]:
     """What `TaskVector.between` holds."""
     old, new = as_state(base, "base"), as_state(finetuned, "finetuned")
-    check_keys(new, old, "finetuned", "base")
-    check_shapes(new, old, "finetuned", "base")
-    check_dtypes(new, old, "finetuned", "base")
+    skipped = set(select_names({**old, **new}, skip, "skip"))
+    old, new = ({key: tensor for key, tensor in state.items() if key not in skipped} for state in (old, new))
+    if skipped and not old:
+        raise InputError("skip: leaves nothing of base")
+    check_keys(new, old, "finetuned", "base", ", or named in skip")
+    check_shapes(new, old, "finetuned", "base", SKIPPED)
+    for key, tensor in new.items():
+        same = tensor.dtype == old[key].dtype
+        if not same and not (mixed_dtypes and tensor.is_floating_point() == old[key].is_floating_point()):
+            raise StateMismatchError(f"finetuned[{key!r}] is {tensor.dtype}; base has {old[key].dtype}. {MIXED}")
     keys = [key for key in old if is_bendable(key, old[key].dtype)]
     if not keys:
         raise InputError("base: holds no floating-point parameters, so there is nothing to fine-tune")

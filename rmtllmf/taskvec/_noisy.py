@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Hashable, Iterable, Sequence
+import warnings
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import Tensor
 from .._coefficients import CHUNK, SCALES, sums_of_rows
 from .._random import Seed, reseed, seed_number
 from .._state import extrema, finite_number, is_bendable
-from ..errors import InputError, ShapeError
-from ._engine import Fusion, Piece
+from ..errors import InputError, RmtllmfWarning, ShapeError
+from ._engine import PIECE, Fusion, Piece
 from ._sources import Source
+
+_LOUD = 100  # times the rms; the peaks of fine-tuned models are up to 60 times
 
 
 class Noisy(Source):
@@ -78,6 +81,8 @@ def noisy(vectors: Sequence[Source], errors: Sequence[float], scale: str | float
         raise InputError("seed: with mse the channel draws noise; expected an int or a torch.Generator, got None")
     number = seed_number(seed)
     scale_of = _scales(vectors, scale)
+    if not isinstance(scale, str):
+        _warn_if_loud(vectors, errors, float(scale))
     return [Noisy(v, q, error, scale_of[q], number) for q, (v, error) in enumerate(zip(vectors, errors, strict=True))]
 
 
@@ -128,6 +133,36 @@ def _scales(vectors: Sequence[Source], scale: str | float) -> list[dict[str, flo
             if value == 0:
                 raise InputError(f"{vector.label}[{key!r}] cannot be normalised: it does not differ from base")
     return result
+
+
+def _warn_if_loud(vectors: Sequence[Source], errors: Sequence[float], scale: float) -> None:
+    """Warn of a scale that no coefficient comes near to: a rule's, most likely."""
+    for vector, error in zip(vectors, errors, strict=True):
+        sizes = {key: spec.size for key, spec in vector.specs.items() if is_bendable(key, spec.dtype)}
+        enough = (scale / _LOUD) ** 2 * sum(sizes.values())
+        energy = 0.0
+        for part in _parts(vector, sizes) if error else ():
+            energy += float(part.to(torch.float64).square().sum())
+            if not energy < enough:  # most often after a small share of the vector
+                break
+        if 0 < energy < enough:
+            rms = math.sqrt(energy / sum(sizes.values()))
+            warnings.warn(
+                f"scale: {scale:g} is {scale / rms:.3g} times the rms of {vector.label} - base, and so is the noise "
+                "that it gets: with mse, scale is what the channel divides coefficients by before they are sent. "
+                "If the rule's was meant, bind it: functools.partial(rule, scale=...)",
+                RmtllmfWarning,
+                stacklevel=5,
+            )
+            return
+
+
+def _parts(vector: Source, sizes: Mapping[str, int]) -> Iterator[Tensor]:
+    for key, size in sizes.items():
+        spec = vector.specs[key]
+        for start in range(0, size, PIECE):
+            stop = min(start + PIECE, size)
+            yield vector.read(key, start, stop, torch.empty(stop - start, dtype=spec.calculated_in, device=spec.device))
 
 
 def _rows(piece: Piece) -> list[list[float]]:

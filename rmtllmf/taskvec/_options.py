@@ -26,6 +26,7 @@ class FusionOptions(TypedDict, total=False):
             of them, of which the first that matches a name counts (1 where none does; a pattern that matches nothing is
             an error). A vector of weight w is fused as :math:`w \tau`, unless the rule says otherwise.
         skip: names or glob patterns that are left alone: the update does not name them, so they stay as in the base.
+            In `fuse` and `fuse_files`, models need not agree about them.
         dtype: of the result; by default that of the vectors, the wider one where they differ.
         compute_dtype: torch.float32 or torch.float64, in which is calculated; by default float32, and float64 for
             entries that are.

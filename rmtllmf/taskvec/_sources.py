@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping
 from math import prod
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._sharded import full, is_sharded, local, same_layout
-from .._state import Tensors, all_finite, check_keys, identity, is_bendable
+from .._state import ALIGNED, Tensors, all_finite, check_keys, identity, is_bendable
 from ..errors import InputError, StateMismatchError
 
 
@@ -196,14 +196,17 @@ class Base:
 
 
 class Difference(Source):
-    """``model - base``, never held as a whole. Where both are the same infinity or NaN nothing changed: 0."""
+    """``model - base``, never held as a whole, but for the names `apart`.
 
-    def __init__(self, base: Base, model: Source, label: str) -> None:
-        self.label, self.base, self.model = label, base, model
+    Where both are the same infinity or NaN nothing changed: 0.
+    """
+
+    def __init__(self, base: Base, model: Source, label: str, apart: Container[str] = ()) -> None:
+        self.label, self.base, self.model, self.apart = label, base, model, apart
         self.specs = {
-            key: spec._replace(dtype=spec.calculated_in)
+            key: spec._replace(dtype=max(spec, model.specs[key], key=_precision).calculated_in)
             for key, spec in base.source.specs.items()
-            if is_bendable(key, spec.dtype)
+            if key not in apart and is_bendable(key, spec.dtype)
         }
 
     def in_memory(self) -> Iterator[Stored]:
@@ -226,7 +229,7 @@ class Difference(Source):
 
     def local(self) -> Source | None:
         base, model = self.base.local(), self.model.local()
-        return None if base is None or model is None else Difference(base, model, self.label)
+        return None if base is None or model is None else Difference(base, model, self.label, self.apart)
 
     def read(self, key: str, start: int, stop: int, buffer: Tensor) -> Tensor:
         after = self.model.read(key, start, stop, buffer)
@@ -235,6 +238,10 @@ class Difference(Source):
             return torch.sub(after, before, out=buffer)
         same = (before == after) | (before.isnan() & after.isnan())
         return torch.where(same, 0.0, after - before)
+
+
+def _precision(spec: Spec) -> int:
+    return spec.calculated_in.itemsize
 
 
 def sources_of(vectors: Iterable[Tensors], argument: str) -> list[Source]:
@@ -267,8 +274,8 @@ def source_of(vector: object, label: str) -> Source:
 
 
 def check_same(source: Source, reference: Source) -> None:
-    """Raise unless both have the same names, shapes and kinds of entries."""
-    check_keys(source.specs, reference.specs, source.label, reference.label)
+    """Raise unless both vectors have the same names, shapes and kinds of entries."""
+    check_keys(source.specs, reference.specs, source.label, reference.label, ALIGNED)
     for key, spec in source.specs.items():
         other = reference.specs[key]
         if spec == other:

@@ -35,7 +35,7 @@ def adapter_vector(
             adapter: linear, embedding and convolution layers; or a model with adapters in memory, of PEFT or with its
             layers: any kind that can be merged (LoRA, DoRA, LoHa, LoKr, AdaLoRA, VeRA, IA3, ...). It is not changed. It
             is read whenever the vector is, so that a model trained on gives what it has become.
-        base: the base model: a module, a state dict or the path of a safetensors file. Needed from a file where the
+        base: the base model: a module, a state dict or the path of a checkpoint. Needed from a file where the
             update depends on it: DoRA, and what is saved as a whole (``modules_to_save``, trained biases, embeddings,
             which PEFT adds to the file when they are adapted), given as its difference from the base; and from memory
             for trained biases. Where given, names and shapes are checked against it, ties among its tensors are kept,

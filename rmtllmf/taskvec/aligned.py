@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from .._display import counted
 from .._state import Tensors
 from ..errors import InputError
 from ._adapter_parts import Lazy
@@ -71,6 +72,15 @@ def aligned(vectors: Iterable[Tensors]) -> list[Source]:
     return result
 
 
+def without(source: Source, apart: Container[str]) -> Source:
+    """`source` without the names `apart`."""
+    if not any(key in apart for key in source.specs):
+        return source
+    if isinstance(source, Stored):
+        return Stored({key: tensor for key, tensor in source.given.items() if key not in apart}, source.label)
+    return _Aligned(source, {key: source for key in source.specs if key not in apart}, {}, source.label)
+
+
 class _Aligned(Lazy):
     """A source with more names: zeros, or the values of a tied name."""
 
@@ -89,6 +99,12 @@ class _Aligned(Lazy):
             own = self.stands_for[key]
             self.specs[key] = origin.specs[key] if own is None else source.specs[own]
         self.zero = {key: min(tied.get(key, (key,))) for key in first}  # one name for all that are tied
+
+    def __repr__(self) -> str:
+        zeros = sum(own is None for own in self.stands_for.values())
+        of = repr(self.source) if type(self.source).__repr__ is not object.__repr__ else self.label
+        rest = f", of which {zeros} {'is' if zeros == 1 else 'are'} zero" if zeros else ""
+        return f"<{of}, aligned: {counted(len(self), 'tensor')}{rest}>"
 
     def in_memory(self) -> Iterator[Stored]:
         return self.source.in_memory()

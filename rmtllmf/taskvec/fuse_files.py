@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import os
 import secrets
 import sys
@@ -16,15 +17,15 @@ import torch
 from .._random import Seed, seed_number
 from .._sharded import full
 from .._state import Tensors
-from ..errors import StateMismatchError
+from ._agreement import check_model, left_alone
 from ._checkpoint import Checkpoint
 from ._checkpoint_writer import Files
 from ._kinship import warn_unless_related
 from ._noisy import mse_of, noisy
 from ._options import checked_dtype
 from ._sinks import Applied
-from ._sources import Base, Difference, Source, check_same
-from .fuse import is_ours, listed, run
+from ._sources import Base, Difference, Source
+from .fuse import is_ours, listed, name_of, rule_given_once, run
 from .rules.arithmetic import task_arithmetic
 
 __all__ = ["fuse_files"]
@@ -32,6 +33,7 @@ __all__ = ["fuse_files"]
 Path = str | os.PathLike[str]
 
 
+@rule_given_once
 def fuse_files(
     base: Path,
     finetuned: Iterable[Path],
@@ -42,6 +44,8 @@ def fuse_files(
     scale: str | float = "rms",
     seed: Seed | None = None,
     dtype: torch.dtype | None = None,
+    skip: str | Iterable[str] = (),
+    mixed_dtypes: bool = False,
     progress: bool = False,
     **options: Any,
 ) -> None:
@@ -50,35 +54,49 @@ def fuse_files(
     .. math:: \theta = \theta_0 + \mathrm{rule}(\theta_1 - \theta_0, \dots, \theta_N - \theta_0)
 
     What is written is, bit for bit, what `fuse` returns for the same models in memory. Rules that work entry by entry
-    need a few megabytes, rules for matrices a few times the largest matrix.
+    need a few megabytes. Rules for whole matrices need, in every thread, those of all models in float32 and what they
+    are decomposed into: 10 to 40 times the largest matrix for three to eight models.
 
     Args:
         base: the pre-trained model: a ``.safetensors`` file, an index of shards (``.safetensors.index.json``), or a
-            folder that holds one of them, such as Hugging Face writes.
-        finetuned: N of them with the same names, shapes and dtypes; how they are divided into shards does not matter.
+            folder that holds one of them, such as Hugging Face writes. Of several in a folder it is
+            ``model.safetensors``, else ``model.safetensors.index.json``, as for transformers. Links that lead out of
+            a folder are not followed, except in the cache of the Hugging Face hub; nothing is downloaded.
+        finetuned: N of them with the same names, shapes and dtypes (but see `skip` and `mixed_dtypes`); how they are
+            divided into shards does not matter.
         out: a path that ends in ``.safetensors``, which is replaced if it exists; or a folder, which must not exist,
-            for shards of the names of the base's, with their index. If `base` is a folder too, the configuration and
-            tokenizer files in it (``.json``, ``.txt``, ``.model``, ``.jinja``, ``.md``) are copied, so that the result
-            can be loaded like the base.
+            for shards of the names of the base's, with their index. If `base` is a folder too, configuration,
+            tokenizer and texts in it are copied, so that the result can be loaded like the base: ``.json``, ``.txt``,
+            ``.md``, ``.jinja``, ``.model``, ``.tiktoken``, ``.bpe``, ``.spm``, ``LICENSE``, ``NOTICE``, and templates
+            in ``chat_templates`` and ``additional_chat_templates``. Code (``modeling_*.py``), other formats of the
+            weights, ``adapter_config.json`` and ``trainer_state.json`` are not.
         rule: a rule of this package. Any other function of a list of task vectors is given all of them in memory.
         mse: to send the task vectors over the channel on the way: the N mean squared errors of the receiver, as of
             `rmtllmf.channel.sic`, or a number for all. Each vector gets the noise that `rmtllmf.channel.transmit` gives
             it with these `mse`, `scale` and `seed` (estimator "additive", independent errors).
-        scale, seed: with `mse` those of the channel: "rms", "peak", "tensor_rms", "tensor_peak" or a number, and an int
-            or a ``torch.Generator``. Without it they are options of the rule. To give both their own, bind the rule's:
-            ``functools.partial(task_arithmetic, scale=0.3)``.
-        dtype: of the fused entries; by default the base's.
+        scale, seed: with `mse` those of the channel, and not of the rule: what coefficients are divided by before they
+            are sent, "rms", "peak", "tensor_rms", "tensor_peak" or a number (of the size of the vectors' entries, which
+            is 1e-4 to 1e-2 for most fine-tuned models: a rule's 0.3 makes the noise a thousand times too large), and an
+            int or a ``torch.Generator``. Without `mse` they are options of the rule. To give both their own, bind the
+            rule's: ``functools.partial(task_arithmetic, scale=0.3)``, ``functools.partial(dare, seed=0)``.
+        dtype: of the fused entries; by default the base's. A ``config.json`` that is copied says it (``dtype``,
+            ``torch_dtype``), where it says one.
+        skip, mixed_dtypes: as for `fuse`: names of what stays as in the base, which other models may have otherwise or
+            not at all; and whether models may have other floating dtypes than the base.
         progress: show a progress bar.
         options: of the rule, such as ``density=0.2``, and those of `FusionOptions` but ``out``.
 
     Raises:
         StateMismatchError: names, shapes or dtypes disagree. NonFiniteError: NaN or infinity that is not the same in
-        base and model. InputError: a file that is no safetensors file, or is damaged; a target that another process is
+        base and model. InputError: a file that is no safetensors file, or is damaged; what is no model (an adapter,
+        a file of `TaskVector.save`); a pattern of `skip` that matches nothing; a target that another process is
         writing, or that is one of the inputs; an input that changes meanwhile. FileNotFoundError,
-        FileExistsError, PermissionError: as they say. Otherwise as the rule.
+        FileExistsError, PermissionError: as they say. TypeError: an option that the rule and the channel both need, and
+        that is not bound. Otherwise as the rule.
 
     Warns:
-        RmtllmfWarning: models whose matrices have nothing in common with the base's, as of `fuse`.
+        RmtllmfWarning: models whose matrices have nothing in common with the base's, as of `fuse`; with `mse` a number
+        is given as `scale` that is more than 100 times the rms of a vector.
 
     Note:
         The result appears under its name only when it is complete. A run that was killed (not one that failed) goes on
@@ -106,15 +124,19 @@ def fuse_files(
         opened.append(origin)
         for index, path in enumerate(listed(finetuned)):
             opened.append(Checkpoint(path, f"finetuned[{index}]"))
-            _check(opened[-1], origin)
-        warn_unless_related(origin, opened[1:])
+        apart, rest = left_alone(origin, opened[1:], [], skip, mixed=mixed_dtypes)
+        for model in opened[1:]:
+            check_model(model, origin, apart, mixed=mixed_dtypes)
+        options |= {"skip": rest} if rest else {}
+        warn_unless_related(origin, opened[1:], apart)
         shared = Base(origin)
-        vectors: list[Source] = [Difference(shared, model, model.label) for model in opened[1:]]
+        vectors: list[Source] = [Difference(shared, model, model.label, apart) for model in opened[1:]]
         if mse is None:
             options |= {} if scale == "rms" else {"scale": scale}
             options |= {} if seed is None else {"seed": seed}
         else:
             seed = None if seed is None else seed_number(seed)
+            _check_own_seed(rule)
             errors = mse_of(mse, len(vectors))
             vectors = noisy(vectors, errors, scale, seed)
             channel = {"mse": errors, "scale": scale if isinstance(scale, str) else float(scale), "seed": seed}
@@ -123,10 +145,11 @@ def fuse_files(
             "rule": _described(rule),
             "options": {name: _described(value) for name, value in sorted(options.items())},
             "dtype": str(dtype),
+            "apart": sorted(apart),
             "channel": channel,
             "versions": [torch.__version__, sys.modules["rmtllmf"].__version__],
         }
-        sink = Files(opened, out, request)
+        sink = Files(opened, out, request, dtype)
         try:
             run(rule, vectors, Applied(shared, sink, dtype), options | ({"progress": True} if progress else {}))
         except (KeyboardInterrupt, SystemExit, OSError):
@@ -141,14 +164,17 @@ def fuse_files(
             file.close()
 
 
-def _check(model: Checkpoint, base: Checkpoint) -> None:
-    check_same(model, base)
-    for key, spec in model.specs.items():
-        if spec.dtype != base.specs[key].dtype:
-            raise StateMismatchError(
-                f"{model.label}[{key!r}] is {spec.dtype}; base has {base.specs[key].dtype}. Convert one of them first: "
-                "nothing is cast in silence"
-            )
+def _check_own_seed(rule: Callable[..., Tensors]) -> None:
+    try:
+        own = inspect.signature(rule).parameters.get("seed")
+    except (TypeError, ValueError):
+        return
+    if own is not None and own.kind is own.KEYWORD_ONLY and own.default is own.empty:
+        name = name_of(rule)
+        raise TypeError(
+            f"seed: with mse it is the channel's, and {name} needs one of its own; bind it: functools.partial({name}, "
+            "seed=...)"
+        )
 
 
 def _described(value: Any) -> Any:

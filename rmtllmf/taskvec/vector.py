@@ -82,12 +82,17 @@ class TaskVector(Mapping[str, Tensor]):
         return vector
 
     @classmethod
-    def between(cls, base: StateLike, finetuned: StateLike) -> Self:
+    def between(
+        cls, base: StateLike, finetuned: StateLike, *, skip: str | Iterable[str] = (), mixed_dtypes: bool = False
+    ) -> Self:
         r"""The task vector from `base` to `finetuned` (eq. 1 of R-MTLLMF).
 
         Args:
-            base: the pre-trained model: a module, a state dict or the path of a safetensors file.
+            base: the pre-trained model: a module, a state dict, or a path (safetensors file, index of shards, folder).
             finetuned: the same after fine-tuning, with the same keys, shapes and dtypes.
+            skip: names or glob patterns that are no part of the vector. What they name may have another shape or dtype
+                in one of the models, or be missing there: a head, a longer vocabulary.
+            mixed_dtypes: let floating dtypes differ, as after training a bfloat16 model in float32.
 
         Returns:
             The difference of all floating-point entries but running statistics; half-precision checkpoints are
@@ -96,6 +101,7 @@ class TaskVector(Mapping[str, Tensor]):
 
         Raises:
             StateMismatchError: a missing, extra or reshaped key, or another dtype.
+            InputError: a pattern of `skip` that matches nothing, or a path of something else than a model.
             NonFiniteError: NaN or infinity in one and not the same in the other.
             TypeError: something that is no module, mapping or path.
 
@@ -106,7 +112,7 @@ class TaskVector(Mapping[str, Tensor]):
             >>> dict(TaskVector.between(base, tuned))
             {'w': tensor([0.5000, 0.0000])}
         """
-        return cls._of(differences(base, finetuned))
+        return cls._of(differences(base, finetuned, skip, mixed_dtypes=mixed_dtypes))
 
     @overload
     def apply_to(self, base: _Module, scale: float = 1.0) -> _Module: ...

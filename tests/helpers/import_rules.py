@@ -21,6 +21,7 @@ PRIVATE = (
     "_coefficients",
     "_sample_gradients",
     "_safetensors",
+    "_model_files",
     "_untrusted",
 )
 """Shared foundations: they import each other and nothing else of the library."""

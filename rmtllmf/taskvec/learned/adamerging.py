@@ -60,7 +60,7 @@ def adamerging_coefficients(
             are inputs or (inputs, targets), of which the targets are not looked at, no more than the key "labels" of
             mappings. The paper uses the test inputs, 16 a batch. The order of the tasks need not be that of the
             vectors.
-        base: :math:`\theta_0`: a module, a state dict or the path of a safetensors file; None: the weights of `model`.
+        base: :math:`\theta_0`: a module, a state dict or the path of a checkpoint; None: the weights of `model`.
         by: "layer": a coefficient for every tensor of every vector, or "task": one for every vector.
         start: every coefficient before the first step.
         steps: of Adam. The authors' code takes 500.

@@ -84,7 +84,7 @@ def concrete_mask(
         tasks: name -> (head, batches), with logits ``head(model(inputs))``; or the batches of a complete model. Batches
             are inputs or (inputs, targets), of which the targets are not looked at.
         seed: of u. The same seed gives the same u for any order of names.
-        base: :math:`\theta_0`: a module, a state dict or the path of a safetensors file; None: the weights of `model`.
+        base: :math:`\theta_0`: a module, a state dict or the path of a checkpoint; None: the weights of `model`.
         scale: :math:`\lambda`; None: `heuristic_scale` of N, .3 from two on.
         steps, lr: of Adam.
         temperature: T.

@@ -65,7 +65,7 @@ def expert_merging_coefficients(
         tasks: name -> (head, batches), with logits ``head(model(inputs))``, or name -> batches of a complete model; the
             k-th is what the k-th vector is the expert of. Batches are inputs or (inputs, targets), of which the
             targets are not looked at.
-        base: :math:`\theta_0`: a module, a state dict or the path of a safetensors file; None: the weights of `model`.
+        base: :math:`\theta_0`: a module, a state dict or the path of a checkpoint; None: the weights of `model`.
         hidden: S, names of sub-modules or glob patterns such as ``"*.resblocks.5"``, whose outputs are compared: a
             tensor, or the first of a tuple. None: the output of the encoder, for tasks with a head; (): none.
         start: :math:`\bar\alpha`; None: `heuristic_scale` of N.

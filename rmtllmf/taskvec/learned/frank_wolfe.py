@@ -67,7 +67,7 @@ def frank_wolfe_coefficients(
         tasks: name -> (head, batches), with logits ``head(model(inputs))``; or the batches of a complete model. Batches
             are (inputs, targets), or mappings with the key "labels". A few samples will do: the paper takes about a
             hundred of every task.
-        base: :math:`\theta_0`: a module, a state dict or the path of a safetensors file; None: the weights of `model`.
+        base: :math:`\theta_0`: a module, a state dict or the path of a checkpoint; None: the weights of `model`.
         by: "layer": every tensor goes its own way, its coefficients are its own; or "task": all go the same.
         start: :math:`\lambda`; None: `heuristic_scale` of N. 0 is the base model.
         steps: each takes one pass of all batches, forward and backward.

@@ -133,7 +133,7 @@ def pareto_front(
             of them, which need not be those of the vectors. Batches are (inputs, targets), or mappings with the
             key "labels".
         seed: of the sampled coefficients and of NSGA-II.
-        base: :math:`\theta_0`: a module, a state dict or the path of a safetensors file; None: the weights of `model`.
+        base: :math:`\theta_0`: a module, a state dict or the path of a checkpoint; None: the weights of `model`.
         metric: of logits and targets, the mean over a batch; None: the accuracy.
         larger_is_better: what the metric is.
         link: g: "sigmoid" for values in (0, 1), the default for the accuracy; "softplus" for positive ones; "identity",

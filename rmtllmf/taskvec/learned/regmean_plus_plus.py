@@ -55,7 +55,7 @@ def regmean_plus_plus(
         tasks: N of them in the order of the vectors: name -> (head, batches) or batches. Labels and heads are not
             looked at. The authors take 256 inputs a task.
         alpha: as for `regmean`; .95, as in the authors' code.
-        base: :math:`\theta_0`: a module, a state dict or the path of a safetensors file; None: the weights of `model`.
+        base: :math:`\theta_0`: a module, a state dict or the path of a checkpoint; None: the weights of `model`.
         layers: names of the blocks in the order in which they are called, such as ``["fc1", "fc2"]``. None: the
             children of the list or sequence of two or more modules of one class that has the most parameters, as the
             blocks of a transformer are.

@@ -47,7 +47,7 @@ def widen(
 
     Args:
         vectors: N mappings of name -> tensor with the same keys and shapes. Not written to.
-        base: :math:`\theta_0`: a module, a state dict or the path of a safetensors file. It may hold more than the
+        base: :math:`\theta_0`: a module, a state dict or the path of a checkpoint. It may hold more than the
             vectors. For ``fuse`` and ``fuse_files`` bind it: ``partial(widen, base=base)``.
         ratio: t, at least 0: how far above the mean importance begins; 1, as in the source.
         calibration: c, the weight of what is important; 1, as in the source.
