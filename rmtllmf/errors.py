@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 __all__ = [
     "ConvergenceError",
     "InputError",
@@ -90,3 +93,11 @@ class UnmergeableWarning(RmtllmfWarning):
         >>> issubclass(UnmergeableWarning, UserWarning)
         True
     """
+
+
+def warn(message: str) -> None:
+    """A `RmtllmfWarning` at the line that called the library, however deep inside it is found."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("rmtllmf", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RmtllmfWarning, stacklevel=level)

@@ -8,8 +8,6 @@ follows from `F` and `W`.
 
 from __future__ import annotations
 
-import sys
-import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._arrays import SINGLE, check_psd
-from ..errors import RmtllmfWarning
+from ..errors import warn
 
 _RANK = 1e-8  # a singular value of unit columns below this is zero
 _VISIBLE = {True: 1e-8, False: 1e-5}  # share of a channel in the noise-free space that counts (double, single)
@@ -96,15 +94,10 @@ def log_det(link: Received, argument: str) -> Tensor:
 
 def warn_floorless() -> None:
     """Say at the caller's line that a floor may have been lost."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("rmtllmf", "torch"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(
+    warn(
         "C: is singular to the precision of complex64, and users are received where it has no noise, as if "
         "there were none (MSE 0, infinite rate). If there is thermal noise, 60 dB or more below the jammer, make and "
-        "pass H and C in complex128",
-        RmtllmfWarning,
-        stacklevel=level,
+        "pass H and C in complex128"
     )
 
 

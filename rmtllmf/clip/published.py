@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from .._state import StateLike, Tensors, as_state, check_finite, check_keys, check_shapes, quoted, select_names
 from .._untrusted import brief, read_json
-from ..errors import InputError, RmtllmfWarning, StateMismatchError
+from ..errors import InputError, StateMismatchError, warn
 from ..taskvec._checkpoint import Checkpoint
 from .hugging_face import checked_tower, converted, copied
 
@@ -277,9 +276,7 @@ def _warn_if_far(tuned: Tensors, base: Tensors, label: str) -> None:
     size = sum(float(base[name].float().norm()) ** 2 for name in matrices) ** 0.5
     change = sum(float((tuned[name].float() - base[name].float()).norm()) ** 2 for name in matrices) ** 0.5
     if change > _FAR * size:
-        warnings.warn(
+        warn(
             f"{label} differs from the base by {change / max(size, 1e-30):.0%} of the base's norm, more than "
-            "fine-tuning does: it probably started from another base model",
-            RmtllmfWarning,
-            stacklevel=3,
+            "fine-tuning does: it probably started from another base model"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Container, Iterable, Sequence
 from statistics import median
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._state import is_bendable
-from ..errors import RmtllmfWarning
+from ..errors import warn
 from ._sources import Source
 
 __all__ = ["warn_unless_related"]
@@ -38,12 +37,10 @@ def warn_unless_related(base: Source, models: Iterable[Source], apart: Container
     pieces = [_piece(base, key) for key in chosen]
     strangers = [model.label for model in models if _is_stranger(model, chosen, pieces)]
     if strangers:
-        warnings.warn(
+        warn(
             f"{', '.join(strangers)}: the matrices have nothing in common with the base's, of which fine-tuning keeps "
             "nearly all; another base model, or a task vector in the place of a model? (A model that was made "
-            "unmergeable looks like this, too: see `mergeability`.)",
-            RmtllmfWarning,
-            stacklevel=3,
+            "unmergeable looks like this, too: see `mergeability`.)"
         )
 
 

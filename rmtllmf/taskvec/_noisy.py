@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from .._coefficients import CHUNK, SCALES, sums_of_rows
 from .._random import Seed, reseed, seed_number
 from .._state import extrema, finite_number, is_bendable
-from ..errors import InputError, RmtllmfWarning, ShapeError
+from ..errors import InputError, ShapeError, warn
 from ._engine import PIECE, Fusion, Piece
 from ._sources import Source
 
@@ -147,12 +146,10 @@ def _warn_if_loud(vectors: Sequence[Source], errors: Sequence[float], scale: flo
                 break
         if 0 < energy < enough:
             rms = math.sqrt(energy / sum(sizes.values()))
-            warnings.warn(
+            warn(
                 f"scale: {scale:g} is {scale / rms:.3g} times the rms of {vector.label} - base, and so is the noise "
                 "that it gets: with mse, scale is what the channel divides coefficients by before they are sent. "
-                "If the rule's was meant, bind it: functools.partial(rule, scale=...)",
-                RmtllmfWarning,
-                stacklevel=5,
+                "If the rule's was meant, bind it: functools.partial(rule, scale=...)"
             )
             return
 

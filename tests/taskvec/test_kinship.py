@@ -51,13 +51,14 @@ def test_models_of_another_base_are_named(dtype, tmp_path):
     assert [warning.filename for warning in caught] == [__file__]
 
 
-def test_a_saved_task_vector_in_the_place_of_a_model(tmp_path):
+def test_a_task_vector_in_the_place_of_a_model(tmp_path):
     base = new_state(0)
     vector = TaskVector.between(base, tuned(base, 1))
-    vector.save(tmp_path / "tau.safetensors")
     base_path = saved(tmp_path / "base.safetensors", base)
     with pytest.warns(RmtllmfWarning, match="or a task vector in the place of a model"):
-        fuse_files(base_path, [tmp_path / "tau.safetensors"], tmp_path / "out.safetensors")
+        fuse_files(base_path, [saved(tmp_path / "tau.safetensors", dict(vector))], tmp_path / "out.safetensors")
+    with pytest.warns(RmtllmfWarning, match="or a task vector in the place of a model"):
+        fuse(base, [dict(vector)])
     fuse(base, [vector])  # as a TaskVector it is one
 
 
