@@ -91,7 +91,7 @@ class BaseModel:
         self.modules = dict(base.named_modules()) if isinstance(base, nn.Module) else {}
         self.state: Mapping[str, Tensor]
         if isinstance(base, str | os.PathLike):
-            self.state = Checkpoint(base, "base", vectors=True)
+            self.state = Checkpoint(base, "base")
         elif isinstance(base, Source):
             self.state = base
         else:

@@ -14,15 +14,15 @@ from ._sources import Source, Spec
 
 
 class Checkpoint(Source):
-    """A model on disk as a source, or with `vectors` a saved task vector, too. Files stay open until `close`.
+    """A model on disk as a source. Files stay open until `close`.
 
     Attributes:
         model: its files.
     """
 
-    def __init__(self, path: str | os.PathLike[str], label: str, *, vectors: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], label: str) -> None:
         self.label = label
-        self.model = ModelFiles(path, label, vectors=vectors)
+        self.model = ModelFiles(path, label)
         cpu = torch.device("cpu")
         self.specs = {key: Spec(entry.shape, entry.dtype, cpu) for key, entry in self.model.entries.items()}
         self._local = threading.local()

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from helpers.adapted_models import (
     LINEAR,
@@ -103,10 +104,11 @@ def test_whole_tensors_against_a_file_of_the_base(tmp_path):
     base = base_model()
     model = adapted(peft.LoraConfig(**NEEDS_BASE["whole modules"]), base)
     model.save_pretrained(tmp_path)
-    TaskVector({key: value for key, value in base.state_dict().items() if value.is_floating_point()}).save(
-        tmp_path / "base.safetensors"
-    )
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
     check(adapter_vector(tmp_path, base=tmp_path / "base.safetensors"), merged_minus_base(model, base))
+    TaskVector(base.state_dict()).save(tmp_path / "vector.safetensors")
+    with pytest.raises(InputError, match="is no model: it holds a task vector"):
+        adapter_vector(tmp_path, base=tmp_path / "vector.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
