@@ -87,13 +87,12 @@ def check_keys(state: Iterable[str], expected: Iterable[str], argument: str, ref
         raise StateMismatchError(f"{argument} {' and '.join(problems)}; its keys must be those of {reference}{hint}")
 
 
-def check_shapes(state: Tensors, expected: Tensors, argument: str, reference: str, hint: str = "") -> None:
-    """Raise unless every tensor of `state` has the shape of its namesake in `expected`; `hint` as in `check_keys`."""
+def check_shapes(state: Tensors, expected: Tensors, argument: str, reference: str) -> None:
+    """Raise unless every tensor of `state` has the shape of its namesake in `expected`."""
     for key, value in state.items():
         if value.shape != expected[key].shape:
             raise StateMismatchError(
-                f"{argument}[{key!r}] has shape {tuple(value.shape)}; {reference} has "
-                f"{tuple(expected[key].shape)}{hint}"
+                f"{argument}[{key!r}] has shape {tuple(value.shape)}; {reference} has {tuple(expected[key].shape)}"
             )
 
 

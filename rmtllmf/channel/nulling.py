@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from .._arrays import Array, ArrayLike, Inputs, batch_shape, check_channel, check_psd, powers, resolution
 from .._state import whole_number
-from ..errors import InputError, RmtllmfWarning
+from ..errors import InputError, warn
 from ._covariance import covariance_input
 
 __all__ = ["null_directions"]
@@ -81,12 +80,10 @@ def null_directions(H: Array, C: Array, count: int, *others: Array, P: ArrayLike
         directions / antennas,
     )
     if share > blindly + _ON_THE_SIGNAL * (1 - blindly):
-        warnings.warn(
+        warn(
             f"null_directions: the {directions} strongest directions of C hold {share:.0%} of the users' energy "
             f"({blindly:.0%} if picked blindly): the jammer sits on the signal, and nulling removes both. Use a "
-            "receiver that knows C (sic(..., designed_for=None)) or an estimate (estimated_covariance) instead",
-            RmtllmfWarning,
-            stacklevel=2,
+            "receiver that knows C (sic(..., designed_for=None)) or an estimate (estimated_covariance) instead"
         )
     reduced = []
     for own, covariance in checked:

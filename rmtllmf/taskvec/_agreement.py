@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from .._state import check_keys, is_bendable, quoted, select_names
 from ..errors import InputError, StateMismatchError
-from ._sources import Source
+from ._sources import Source, Spec
 
 SKIPPED = ". Named in skip, it stays as in the base"
 MIXED = "Convert one of them first, or pass mixed_dtypes=True: nothing is cast in silence"
@@ -34,33 +34,42 @@ def _agree(key: str, base: Source, models: Sequence[Source], vectors: Sequence[S
         return False
     for model in models:
         spec = model.specs.get(key)
-        if spec is None or spec.shape != expected.shape or _other_dtype(key, model, base, mixed):
+        if spec is None or spec.shape != expected.shape or _dtypes_differ(spec, expected, mixed):
             return False
     sent = is_bendable(key, expected.dtype)
     return all(vector.specs[key].shape == expected.shape if key in vector.specs else not sent for vector in vectors)
 
 
-def check_model(model: Source, base: Source, apart: Container[str], *, mixed: bool) -> None:
+def check_specs(
+    specs: Mapping[str, Spec],
+    expected: Mapping[str, Spec],
+    label: str,
+    reference: str,
+    apart: Container[str],
+    *,
+    mixed: bool,
+) -> None:
     """Raise unless a model has the names, shapes and dtypes of the base, but for those `apart`."""
-    names = [key for key in model.specs if key not in apart]
-    own = [key for key in base.specs if key not in apart]
-    check_keys(names, own, model.label, base.label, ", or named in skip")
+    names = [key for key in specs if key not in apart]
+    check_keys(names, [key for key in expected if key not in apart], label, reference, ", or named in skip")
     for key in names:
-        spec, expected = model.specs[key], base.specs[key]
-        if spec.shape != expected.shape:
-            raise StateMismatchError(
-                f"{model.label}[{key!r}] has shape {spec.shape}; {base.label} has {expected.shape}{SKIPPED}"
-            )
-        if _other_dtype(key, model, base, mixed):
-            raise StateMismatchError(
-                f"{model.label}[{key!r}] is {spec.dtype}; {base.label} has {expected.dtype}. {MIXED}"
-            )
+        spec, other = specs[key], expected[key]
+        if spec.shape != other.shape:
+            raise StateMismatchError(f"{label}[{key!r}] has shape {spec.shape}; {reference} has {other.shape}{SKIPPED}")
+        if _dtypes_differ(spec, other, mixed):
+            raise StateMismatchError(f"{label}[{key!r}] is {spec.dtype}; {reference} has {other.dtype}. {MIXED}")
 
 
-def _other_dtype(key: str, model: Source, base: Source, mixed: bool) -> bool:
-    """Whether the dtypes differ; if that is allowed, whether one is floating-point and the other is not."""
-    dtype, expected = model.specs[key].dtype, base.specs[key].dtype
-    return is_bendable(key, dtype) != is_bendable(key, expected) if mixed else dtype != expected
+def check_model(model: Source, base: Source, apart: Container[str], *, mixed: bool) -> None:
+    """As `check_specs`."""
+    check_specs(model.specs, base.specs, model.label, base.label, apart, mixed=mixed)
+
+
+def _dtypes_differ(spec: Spec, expected: Spec, mixed: bool) -> bool:
+    """Whether the dtypes do; if that is allowed, whether one is floating-point and the other is not."""
+    if mixed:
+        return spec.dtype.is_floating_point != expected.dtype.is_floating_point
+    return spec.dtype != expected.dtype
 
 
 def check_vector(vector: Source, base: Source, apart: Container[str]) -> None:

@@ -14,7 +14,6 @@ from .._state import (
     Tensors,
     all_finite,
     as_state,
-    check_keys,
     check_shapes,
     finite_number,
     identity,
@@ -26,7 +25,8 @@ from .._state import (
     wide,
 )
 from ..errors import InputError, NonFiniteError, StateMismatchError
-from ._agreement import MIXED, SKIPPED
+from ._agreement import check_specs
+from ._sources import spec_of
 
 
 def differences(
@@ -35,16 +35,11 @@ def differences(
     """What `TaskVector.between` holds."""
     old, new = as_state(base, "base"), as_state(finetuned, "finetuned")
     skipped = set(select_names({**old, **new}, skip, "skip"))
-    old, new = ({key: tensor for key, tensor in state.items() if key not in skipped} for state in (old, new))
-    if skipped and not old:
+    if skipped and skipped.issuperset(old):
         raise InputError("skip: leaves nothing of base")
-    check_keys(new, old, "finetuned", "base", ", or named in skip")
-    check_shapes(new, old, "finetuned", "base", SKIPPED)
-    for key, tensor in new.items():
-        same = tensor.dtype == old[key].dtype
-        if not same and not (mixed_dtypes and tensor.is_floating_point() == old[key].is_floating_point()):
-            raise StateMismatchError(f"finetuned[{key!r}] is {tensor.dtype}; base has {old[key].dtype}. {MIXED}")
-    keys = [key for key in old if is_bendable(key, old[key].dtype)]
+    specs, expected = ({key: spec_of(tensor) for key, tensor in state.items()} for state in (new, old))
+    check_specs(specs, expected, "finetuned", "base", skipped, mixed=mixed_dtypes)
+    keys = [key for key in old if key not in skipped and is_bendable(key, old[key].dtype)]
     if not keys:
         raise InputError("base: holds no floating-point parameters, so there is nothing to fine-tune")
     deltas = map_tied(_difference, keys, old, new)
