@@ -100,7 +100,7 @@ def test_what_is_and_what_is_not_received_in_parts(monkeypatch):
     leaf = torch.from_numpy(H).requires_grad_()
     sic(leaf, 1.0, C).mse.sum().backward()
     assert lengths == [8]
-    assert leaf.grad is not None
+    assert (leaf.grad.abs() > 0).all()
     with pytest.raises(ShapeError, match="batch dimensions"):
         sic(H, 1.0, C[:4])
     with pytest.raises(ShapeError, match="does not broadcast"):
